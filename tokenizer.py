@@ -1,0 +1,132 @@
+"""Text to token ids and back: the one file that knows tokenizers.
+
+GPT-2's byte-level BPE by default, or any tokenizer.json. Text is only text: a literal
+"<|endoftext|>" inside a document is split like any other characters and never becomes the
+marker that separates documents.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from errors import UserError
+
+FILE = "tokenizer.json"
+GPT2_FILES = ("vocab.json", "merges.txt")
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # the first one present
+
+
+class TextTokenizer:
+    """encode, decode, and what others need to know of a vocabulary."""
+
+    def __init__(self, backend: Tokenizer, name: str):
+        backend.encode_special_tokens = True  # special tokens in the text are text
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.name = backend, name
+        present = [t for t in END_OF_TEXT if backend.token_to_id(t) is not None]
+        if not present:
+            raise UserError(f"{name}: no end-of-text token; expected one of {', '.join(END_OF_TEXT)}")
+        self.eot_token = backend.token_to_id(present[0])
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, with nothing added before or after."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As `encode`, for many; half a surrogate pair, which is not text, becomes U+FFFD as in tiktoken."""
+        texts = [
+            t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates(t) else t for t in texts
+        ]
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids) -> str:
+        """The text of the ids, markers included; bytes that are not UTF-8 become U+FFFD."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self) -> list[int] | None:
+        """Bytes of text that each id stands for, 0 for markers; None if the BPE is not byte-level."""
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return None
+        sizes = [0] * self.vocab_size
+        for token, i in self.backend.get_vocab(with_added_tokens=False).items():
+            sizes[i] = len(token)  # a byte-level BPE writes each byte as one character
+        for i in self.backend.get_added_tokens_decoder():
+            sizes[i] = 0
+        return sizes
+
+    def fingerprint(self) -> str:
+        """sha256 of vocabulary, merges and marker: equal where ids mean the same, wherever it came from."""
+        merges = json.loads(self.backend.to_str())["model"].get("merges") or []
+        merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
+        vocab = sorted(self.backend.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps([vocab, merges, self.eot_token]).encode()).hexdigest()
+
+    def save(self, directory):
+        """Writes tokenizer.json; `load_tokenizer(directory)` gives this tokenizer back."""
+        Path(directory, FILE).write_text(self.backend.to_str(), encoding="utf-8")
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether the string holds half a surrogate pair and so cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:
+    """A folder or file on disk if there is one of that name, else a model on the Hugging Face hub.
+
+    A folder holds tokenizer.json, or GPT-2's vocab.json and merges.txt. From the hub (fetched
+    once, then served from its cache) comes tokenizer.json. Raises UserError.
+    """
+    path = Path(name_or_path)
+    try:
+        if path.is_file():
+            return TextTokenizer(Tokenizer.from_file(str(path)), path.name)
+        if (path / FILE).is_file():
+            return TextTokenizer(Tokenizer.from_file(str(path / FILE)), path.name)
+        if all((path / f).is_file() for f in GPT2_FILES):
+            return TextTokenizer(byte_level_bpe(*(str(path / f) for f in GPT2_FILES)), "gpt2")
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exceptions for malformed files
+        raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
+    if path.is_dir():
+        raise UserError(f"{path}: found neither {FILE} nor {' and '.join(GPT2_FILES)} in it")
+    return TextTokenizer(Tokenizer.from_file(download(str(name_or_path))), str(name_or_path))
+
+
+def download(name: str) -> str:
+    """Path of the hub model's tokenizer.json in the local cache; fetches it the first time."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        try:
+            return hf_hub_download(name, FILE, local_files_only=True)  # no network once it is here
+        except LocalEntryNotFoundError:
+            return hf_hub_download(name, FILE)
+    except HFValidationError as error:
+        raise UserError(f"tokenizer {name!r}: no such file or folder, and not a name on the hub") from error
+    except Exception as error:  # a hub has many ways to be out of reach
+        raise UserError(
+            f"tokenizer {name!r}: not on disk, not in the cache, and the hub gave none "
+            f"({type(error).__name__}). Put {FILE} (or {' and '.join(GPT2_FILES)}) of {name!r} "
+            "into a folder and name that folder with --tokenizer"
+        ) from error
+
+
+def byte_level_bpe(vocab: str, merges: str) -> Tokenizer:
+    """GPT-2's tokenizer from its two original files (Radford et al. 2019)."""
+    backend = Tokenizer(models.BPE.from_file(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT[0], special=True)])
+    return backend

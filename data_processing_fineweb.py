@@ -1,0 +1,474 @@
+"""Token shards on disk, and the order in which training reads them.
+
+Notable: the order is a pure function of (seed, samples seen), so a run's place in the data is
+one integer, resuming costs nothing, and neither the number of devices nor the micro-batch
+changes which sequences form a step. Windows cross shard borders; nothing is dropped at the
+end of a shard, a batch or an epoch. Knows nothing of the model.
+
+Shapes: N tokens in all, T = block_size, W windows in an epoch, A micro-steps, B rows.
+"""
+
+import argparse
+import hashlib
+import io
+import mmap
+import queue
+import re
+import sys
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError, run
+from files import read_json, sha256, write_json, write_whole
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+IGNORE = -100  # the target of a position that has none
+HOW_TO_PREPARE = "create shards with `python prepare_fineweb.py`, or name their folder with --data_dir"
+LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # llm.c's (magic, version) -> token type
+LLMC_HEADER = 1024  # bytes: 256 little-endian int32, of which the third is the token count
+RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
+
+# ---------------------------------------------------------------------------------------
+# Shards: one-dimensional little-endian .npy files of uint16 or uint32.
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: Path
+    tokens: int
+    dtype: str  # "<u2" or "<u4"
+    offset: int  # bytes before the first token
+
+
+def open_shard(path: Path) -> Shard:
+    """Reads the header only, and checks it against the file's size. UserError names file, found, expected."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as f:
+            if size == 0:
+                raise UserError(f"{path}: 0 bytes, expected a .npy of uint16 or uint32 tokens")
+            shape, dtype, offset = (read_llmc_header if path.suffix == ".bin" else read_npy_header)(path, f)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(shape) != 1:
+        raise UserError(f"{path}: found a {len(shape)}-D array of shape {shape}, expected one dimension")
+    expected = offset + shape[0] * np.dtype(dtype).itemsize
+    if size != expected:
+        raise UserError(f"{path}: {size:,} bytes, but its header announces {shape[0]:,} tokens ({expected:,} bytes)")
+    if shape[0] == 0:
+        raise UserError(f"{path}: holds no token")
+    return Shard(path, shape[0], dtype, offset)
+
+
+def read_npy_header(path, f):
+    start = f.read(6)
+    if start[:2] == b"PK":
+        raise UserError(f"{path}: found a zip archive (.npz?), expected one .npy array of uint16 or uint32")
+    if start != b"\x93NUMPY":
+        raise UserError(f"{path}: no .npy header (starts with {start!r}); raw tokens must be saved with numpy.save")
+    f.seek(0)
+    try:
+        version = np.lib.format.read_magic(f)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, _, dtype = read(f)
+    except KeyError as error:
+        raise UserError(f"{path}: .npy version {version}, expected 1.0 or 2.0") from error
+    except Exception as error:  # numpy raises ValueError, SyntaxError, EOFError, ... for damaged headers
+        raise UserError(f"{path}: the .npy header is damaged ({str(error).splitlines()[0][:100]})") from error
+    if dtype.str not in ("<u2", "<u4"):
+        raise UserError(f"{path}: found an array of {dtype} ({dtype.str}), expected little-endian uint16 or uint32")
+    return shape, dtype.str, f.tell()
+
+
+def read_llmc_header(path, f):
+    header = np.frombuffer(f.read(12).ljust(12, b"\0"), "<i4")
+    dtype = LLMC.get((int(header[0]), int(header[1])))
+    if dtype is None:
+        raise UserError(f"{path}: magic {header[0]}, version {header[1]}; expected llm.c's {list(LLMC)}")
+    return (int(header[2]),), dtype, LLMC_HEADER
+
+
+class ShardWriter:
+    """Documents in, `<prefix>_000000.npy`, ... of `shard_tokens` tokens out, and a manifest last of all."""
+
+    def __init__(self, directory, vocab_size, shard_tokens, prefix="shard"):
+        self.directory, self.prefix, self.vocab_size = Path(directory), prefix, vocab_size
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.buffer = np.empty(shard_tokens, dtype="<u2" if vocab_size <= 2**16 else "<u4")
+        self.filled = self.text_bytes = self.tokens = 0
+        self.shards = []
+
+    def add(self, ids, text_bytes):
+        """Appends one document's ids; its `text_bytes` count to the shard in which it begins."""
+        ids = np.asarray(ids)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"token id outside [0, {self.vocab_size}): {ids.min()} to {ids.max()}")
+        self.text_bytes += text_bytes
+        while ids.size:
+            part = ids[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + part.size] = part
+            self.filled += part.size
+            ids = ids[part.size :]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self):
+        if not self.filled:
+            return
+        name = f"{self.prefix}_{len(self.shards):06d}.npy"
+        data = self.buffer[: self.filled]
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(data))
+        digest = hashlib.sha256(header.getvalue())
+        digest.update(data)
+        write_whole(self.directory / name, header.getvalue(), data)
+        entry = {"name": name, "tokens": self.filled, "dtype": data.dtype.str, "text_bytes": self.text_bytes}
+        self.shards.append(entry | {"sha256": digest.hexdigest()})
+        self.tokens += self.filled
+        self.filled = self.text_bytes = 0
+
+    def close(self, **facts) -> dict:
+        """Writes the last shard and manifest.json with `facts` in it; returns the manifest."""
+        self.flush()
+        manifest = {"format_version": FORMAT_VERSION, **facts, "tokens": self.tokens, "shards": self.shards}
+        write_json(self.directory / MANIFEST, manifest)
+        return manifest
+
+
+def natural(path):
+    """Sort key under which shard_2 comes before shard_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def find_shards(directory, split) -> tuple[list[Shard], dict]:
+    """The shards of a directory in order, and its manifest ({} where it has none).
+
+    Without a manifest, build-nanogpt's .npy and llm.c's .bin files are taken in natural order; these
+    keep both splits in one folder, so where names say "train" or "val", only those of `split` count.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        state = "is a file" if directory.exists() else "does not exist"
+        raise UserError(f"{directory}: no shards, it {state}; {HOW_TO_PREPARE}")
+    if (directory / MANIFEST).exists():
+        manifest = read_json(directory / MANIFEST)
+        return open_manifest(directory, manifest), manifest
+    paths = sorted((p for p in directory.iterdir() if p.suffix in (".npy", ".bin") and p.is_file()), key=natural)
+    marked = {word: [p for p in paths if word in re.split(r"[^a-z]+", p.name)] for word in ("train", "val")}
+    if any(marked.values()):
+        paths = marked[split]
+    if not paths:
+        there = ", ".join(sorted(p.name for p in directory.iterdir())[:5]) or "nothing"
+        wanted = f"neither {MANIFEST} nor {split} *.npy or *.bin"
+        raise UserError(f"{directory}: found {wanted} in it, but {there}; {HOW_TO_PREPARE}")
+    return [open_shard(p) for p in paths], {}
+
+
+def open_manifest(directory, manifest):
+    where = directory / MANIFEST
+    try:
+        if manifest["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{where}: format version {manifest['format_version']}, expected {FORMAT_VERSION}")
+        entries = [(str(e["name"]), int(e["tokens"]), str(e["dtype"]), str(e["sha256"])) for e in manifest["shards"]]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: not a manifest of token shards (missing or wrong: {error})") from error
+    if not entries:
+        raise UserError(f"{where}: lists no shards")
+    shards = []
+    for name, tokens, dtype, _ in entries:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"{where}: shard name {name!r} leaves the folder")
+        shard = open_shard(directory / name)
+        if (shard.tokens, shard.dtype) != (tokens, dtype):
+            found = f"{shard.tokens:,} tokens of {shard.dtype}"
+            raise UserError(f"{shard.path}: holds {found}, but {MANIFEST} says {tokens:,} of {dtype}")
+        shards.append(shard)
+    return shards
+
+
+def verify(directory) -> int:
+    """Reads every shard and compares its sha256 with the manifest; returns how many. UserError names the bad one."""
+    directory = Path(directory)
+    manifest = read_json(directory / MANIFEST)
+    for shard, entry in zip(open_manifest(directory, manifest), manifest["shards"]):
+        if sha256(shard.path) != entry["sha256"]:
+            raise UserError(f"{shard.path}: its content is not what {MANIFEST} recorded (sha256 differs)")
+    return len(manifest["shards"])
+
+
+# ---------------------------------------------------------------------------------------
+# Order. A shuffle that is computed, not stored, and that no library's next release can change.
+
+
+def mix64(x):
+    """A bijection of 64-bit integers in which every input bit reaches every output bit (splitmix64's)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def key64(*numbers) -> np.ndarray:
+    """One 64-bit key, shape (1,), from several integers; each of them changes all of it."""
+    key = np.zeros(1, np.uint64)  # arrays, not scalars: numpy warns when scalars wrap
+    for number in numbers:
+        key = mix64(key + np.uint64(number % 2**64) + np.uint64(0x9E3779B97F4A7C15))
+    return key
+
+
+def permutation(index, n, seed, epoch, rounds=8):
+    """Where a shuffle of range(n) puts `index` (an integer array in [0, n)), computed in O(1) memory.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the smallest range of 4^h numbers that holds
+    n; an image outside [0, n) is sent through again until it falls inside (cycle walking, Black &
+    Rogaway 2002), which takes fewer than four passes on average.
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits in each half
+    mask, shift = np.uint64(2**half - 1), np.uint64(half)
+    keys = [key64(seed, epoch, r) for r in range(rounds)]
+    out = np.array(index, dtype=np.uint64)
+    walking = np.ones(out.shape, bool)
+    while walking.any():
+        left, right = out[walking] >> shift, out[walking] & mask
+        for key in keys:
+            left, right = right, left ^ (mix64(right ^ key) & mask)
+        out[walking] = (left << shift) | right
+        walking = out >= n
+    return out.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------
+# Reading.
+
+
+class FineWebDataset:
+    """All shards of a directory as one memory-mapped stream of N tokens, seen through W windows.
+
+    Window w is x = S[wT : wT+T] and y = the same shifted by one; the last one is padded, with
+    targets IGNORE. So in one epoch every token but the last is an input exactly once, and every
+    token but the first a target exactly once.
+    """
+
+    def __init__(self, directory, block_size, split="train", valid_vocab_size=None):
+        self.shards, self.manifest = find_shards(directory, split)
+        self.directory, self.block_size = Path(directory), block_size
+        self.valid_vocab_size = valid_vocab_size
+        self.ends = np.cumsum([s.tokens for s in self.shards], dtype=np.int64)
+        self.n_tokens = int(self.ends[-1])
+        self.n_windows = -(-(self.n_tokens - 1) // block_size)
+        if self.n_tokens < block_size + 1:
+            need = f"one window of block_size {block_size} needs {block_size + 1:,}"
+            raise UserError(f"{directory}: {self.n_tokens:,} tokens in all, {need}")
+        self.maps, self.unreleased = {}, 0
+
+    def __len__(self):
+        return self.n_windows
+
+    def tokens(self, start, stop):
+        """S[start:stop] as a new int64 array, read from as many shards as it spans."""
+        out = np.empty(stop - start, np.int64)
+        at = start
+        while at < stop:
+            i = int(np.searchsorted(self.ends, at, side="right"))
+            shard = self.shards[i]
+            first = int(self.ends[i]) - shard.tokens
+            part = self.mapped(i)[at - first : stop - first]
+            out[at - start : at - start + part.size] = part
+            at += part.size
+        if self.valid_vocab_size is not None and out.max() >= self.valid_vocab_size:
+            self.raise_bad_token(start + int(out.argmax()), int(out.max()))
+        return out
+
+    def mapped(self, i):
+        """Shard i's tokens, mapped at first use. Pages read are given back now and then, so that resident
+        memory does not grow to the size of the data over an epoch."""
+        shard = self.shards[i]
+        if i not in self.maps:
+            with open(shard.path, "rb") as f:
+                self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.unreleased += 16 * mmap.PAGESIZE  # what the kernel maps around one fault
+        if self.unreleased > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self.unreleased = 0
+            for m in self.maps.values():
+                m.madvise(mmap.MADV_DONTNEED)
+        return np.frombuffer(self.maps[i], shard.dtype, shard.tokens, shard.offset)
+
+    def raise_bad_token(self, at, token):
+        i = int(np.searchsorted(self.ends, at, side="right"))
+        offset = at - (int(self.ends[i]) - self.shards[i].tokens)
+        raise UserError(
+            f"{self.shards[i].path}: token {token} at offset {offset:,}, but the vocabulary has "
+            f"{self.valid_vocab_size:,}; these shards were made with another tokenizer"
+        )
+
+    def rows(self, windows):
+        """Inputs and targets of the windows (n,): x, y (n, T) int64."""
+        T = self.block_size
+        x = np.zeros((len(windows), T), np.int64)
+        y = np.full((len(windows), T), IGNORE, np.int64)
+        for row, w in enumerate(windows):
+            s = self.tokens(int(w) * T, min(int(w) * T + T + 1, self.n_tokens))
+            x[row, : len(s) - 1], y[row, : len(s) - 1] = s[:-1], s[1:]
+        return x, y
+
+    def count_targets(self, windows) -> int:
+        """How many targets the windows hold, without reading them: only the last one can be short."""
+        last = self.n_windows - 1
+        missing = self.n_windows * self.block_size - (self.n_tokens - 1)
+        return len(windows) * self.block_size - missing * int(np.count_nonzero(windows == last))
+
+    def fingerprint(self) -> str:
+        """Equal where the tokens are: from the manifest's hashes, else from sizes and both ends of each file."""
+        h = hashlib.sha256()
+        listed = self.manifest.get("shards")
+        for i, shard in enumerate(self.shards):
+            if listed:
+                h.update(listed[i]["sha256"].encode())
+            else:
+                ends = np.concatenate((self.mapped(i)[:32768], self.mapped(i)[-32768:]))
+                h.update(f"{shard.tokens} {shard.dtype} {zlib.crc32(ends.tobytes())} ".encode())
+        return h.hexdigest()
+
+
+@dataclass
+class Batch:
+    """One optimizer step's share for one rank."""
+
+    start: int  # samples seen before it
+    epoch: int  # of its first row
+    x: object  # (A, B, T) int64
+    y: object  # (A, B, T) int64, IGNORE where there is no target
+    n_targets: int  # in the GLOBAL batch: the divisor of the true loss
+    checksum: int  # sum over this rank's rows of crc32(tokens, row); the sum over ranks names the batch
+
+
+class FineWebDataLoader:
+    """Global batches by position. Row r = m·(world·B) + k·B + b of the global batch goes to
+    micro-step m, rank k, row b, so neither world size nor accumulation changes which rows form a step."""
+
+    def __init__(self, dataset, batch_size, global_batch, seed=0, shuffle=True, rank=0, world=1):
+        if global_batch % (batch_size * world):
+            raise ValueError(f"global batch {global_batch} does not divide by {batch_size} rows x {world} ranks")
+        self.dataset, self.batch_size, self.global_batch = dataset, batch_size, global_batch
+        self.seed, self.shuffle = seed, shuffle
+        mine = np.arange(global_batch).reshape(-1, world, batch_size)[:, rank]
+        self.mine = mine.reshape(-1)  # this rank's rows of a global batch, in micro-step order
+
+    def windows(self, start) -> np.ndarray:
+        """The windows of the global batch that follows `start` samples; it may straddle epochs."""
+        g = np.arange(start, start + self.global_batch)
+        epoch, index = np.divmod(g, self.dataset.n_windows)
+        if not self.shuffle:
+            return index
+        for e in np.unique(epoch):
+            index[epoch == e] = permutation(index[epoch == e], self.dataset.n_windows, self.seed, int(e))
+        return index
+
+    def batch(self, start) -> Batch:
+        """This rank's rows of the global batch that follows `start` samples."""
+        windows = self.windows(start)
+        x, y = self.dataset.rows(windows[self.mine])
+        checksum = sum(zlib.crc32(row, int(r)) for row, r in zip(x, self.mine))
+        shape = (-1, self.batch_size, self.dataset.block_size)
+        epoch = start // self.dataset.n_windows
+        return Batch(start, epoch, x.reshape(shape), y.reshape(shape), self.dataset.count_targets(windows), checksum)
+
+
+class FineWebBatchIterator:
+    """Batches from position `start` on, epoch after epoch, read ahead in a background thread.
+
+    Yields `Batch` with x and y on `device`. Reading ahead never moves the run's position: that is
+    the caller's integer. An error in the thread is raised here, at the batch where it happened.
+    Use as a context manager, or call close().
+    """
+
+    def __init__(self, loader, start, device="cpu", prefetch=2):
+        self.loader, self.device = loader, device
+        self.ready, self.stopped = queue.Queue(prefetch), threading.Event()
+        self.thread = threading.Thread(target=self.read_ahead, args=(start,), daemon=True)
+        self.thread.start()
+
+    def read_ahead(self, start):
+        while not self.stopped.is_set():
+            try:
+                item = self.load(start)
+            except BaseException as error:  # handed to the consumer, whatever it is
+                item = error
+            self.put(item)
+            if isinstance(item, BaseException):
+                return
+            start += self.loader.global_batch
+
+    def load(self, start):
+        import torch  # here, so that preparing data does not wait for it
+
+        batch = self.loader.batch(start)
+        batch.x, batch.y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
+        if torch.device(self.device).type == "cuda":
+            batch.x, batch.y = batch.x.pin_memory(), batch.y.pin_memory()
+        return batch
+
+    def put(self, item):
+        while not self.stopped.is_set():
+            try:
+                return self.ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item = self.ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        item.x = item.x.to(self.device, non_blocking=True)
+        item.y = item.y.to(self.device, non_blocking=True)
+        return item
+
+    def close(self):
+        self.stopped.set()
+        self.thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def first_windows(dataset, n_tokens, batch_size, rank=0, world=1):
+    """The unshuffled windows that cover the first n_tokens targets, as numpy (x, y) batches for one rank.
+
+    For validation: which windows are read depends on nothing but n_tokens and the block size."""
+    n = min(-(-n_tokens // dataset.block_size), dataset.n_windows)
+    mine = np.arange(rank, n, world)
+    for i in range(0, len(mine), batch_size):
+        yield dataset.rows(mine[i : i + batch_size])
+
+
+def refuse_overlap(train, val):
+    """UserError if a shard serves both training and validation."""
+    seen = {entry["sha256"] for entry in train.manifest.get("shards", [])} | {s.path.resolve() for s in train.shards}
+    for shard, entry in zip(val.shards, val.manifest.get("shards", [{}] * len(val.shards))):
+        if shard.path.resolve() in seen or entry.get("sha256") in seen:
+            raise UserError(f"{shard.path}: also a training shard; validate on data that is not trained on")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Check token shards against their manifest.")
+    parser.add_argument("command", choices=["verify"])
+    parser.add_argument("directory", help="folder with manifest.json and its shards")
+    args = parser.parse_args(argv)
+    print(f"{args.directory}: {verify(args.directory)} shards, all as recorded in {MANIFEST}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,64 @@
+"""Files that are there whole or not at all, whatever happens to the machine meanwhile."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from errors import UserError
+
+JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a hostile one stops here
+
+
+def write_whole(path, *parts):
+    """Writes bytes-like parts under a temporary name, flushes to the disk, renames: nobody sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.writelines(parts)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory):
+    """Makes renames and new names in a directory survive a power cut; no-op where directories cannot be opened."""
+    if os.name == "nt":
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path, value):
+    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path) -> dict:
+    """The JSON object in a file. UserError names the file if it is missing, huge, or not an object."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; a JSON file of this project is far smaller")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def sha256(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

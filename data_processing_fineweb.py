@@ -8,7 +8,6 @@ end of a shard, a batch or an epoch. Knows nothing of the model.
 Shapes: N tokens in all, T = block_size, W windows in an epoch, A micro-steps, B rows.
 """
 
-import argparse
 import hashlib
 import io
 import mmap
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, run
+from errors import Parser, UserError, run
 from files import read_json, sha256, write_json, write_whole
 
 MANIFEST = "manifest.json"
@@ -463,7 +462,7 @@ def refuse_overlap(train, val):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Check token shards against their manifest.")
+    parser = Parser(description="Check token shards against their manifest.")
     parser.add_argument("command", choices=["verify"])
     parser.add_argument("directory", help="folder with manifest.json and its shards")
     args = parser.parse_args(argv)

@@ -1,11 +1,22 @@
 """How a script ends when the person at the keyboard can mend what is wrong: one line, exit code 2."""
 
+import argparse
 import os
 import sys
 
 
 class UserError(ValueError):
     """Something the user can mend. The message says what was found, what was expected, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line too, not a page of usage; flags cannot be abbreviated."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def run(main) -> int:

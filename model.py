@@ -227,16 +227,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     run in autocast's dtype; the softmax, the sum and the gradient of W are float32.
 
     x (N, C), weight (V, C), targets (N,) in [0, valid) or IGNORE -> scalar. Rows of W from
-    `valid` on (padding) take no probability and receive no gradient.
+    `valid` on (padding) take no probability and receive no gradient. `train`: whether gradients
+    are wanted at all.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, valid):
+    def forward(ctx, x, weight, targets, valid, train):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         w = weight.to(dtype)
         total = torch.zeros((), device=x.device)
-        train = any(ctx.needs_input_grad)
         if train:
             grad_x, grad_w = torch.empty_like(x), torch.zeros_like(weight)
         for start in range(0, len(x), LOSS_ROWS):
@@ -260,7 +260,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad, grad_w * grad, None, None
+        return grad_x * grad, grad_w * grad, None, None, None
 
 
 class GPT(nn.Module):
@@ -325,8 +325,8 @@ class GPT(nn.Module):
         x = self.features(idx, positions, mask, cache)
         if targets is None:
             return self.logits(x)
-        valid = self.config.valid_vocab_size
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), valid)
+        valid, train = self.config.valid_vocab_size, torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), valid, train)
 
     def num_parameters(self):
         """All of them; the embedding counts once, as it is stored once."""

@@ -1,0 +1,290 @@
+"""Checkpoints: save, find, verify, load, rotate.
+
+Notable: a checkpoint is a directory that appears by one rename after every byte in it has been
+flushed, so what exists is whole; each file's sha256 stands in its manifest, so what is no longer
+whole is found out and the one before it is used. Tensors are safetensors and the rest JSON: a
+checkpoint cannot run code. It holds no absolute path, device or world size.
+"""
+
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from errors import Parser, UserError, run
+from files import read_json, sha256, sync_directory, write_json
+from model import GPT, GPTConfig
+from tokenizer import load_tokenizer
+
+MANIFEST = "MANIFEST.json"
+MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
+DEFAULT_DIR = "checkpoints"
+LEFTOVER = ".unfinished_"  # prefix of directories that are being written or deleted
+
+# ---------------------------------------------------------------------------------------
+# Saving.
+
+
+def save(run_dir, step, model, optimizer, state, tokenizer) -> Path:
+    """Writes run_dir/step_NNNNNNNN; returns it. UserError, with nothing left behind, where the disk is full."""
+    run_dir = Path(run_dir)
+    final, temporary = run_dir / f"step_{step:08d}", run_dir / f"{LEFTOVER}step_{step:08d}"
+    remove(temporary)
+    tensors = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
+    try:
+        temporary.mkdir(parents=True)
+        write_json(temporary / CONFIG, asdict(model.config))
+        write_json(temporary / STATE, state)
+        tokenizer.save(temporary)
+        for name, content in tensors.items():
+            write_tensors(temporary / name, content)
+        files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {"format_version": 1, "step": step, "files": files})
+        remove(final)  # only a damaged one can be there: a valid one of this step would have been resumed
+        os.rename(temporary, final)
+        sync_directory(run_dir)
+        write_json(run_dir / "latest.json", {"step": step, "checkpoint": final.name})
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        need = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
+        free = shutil.disk_usage(run_dir if run_dir.exists() else run_dir.parent).free
+        raise UserError(
+            f"checkpoint {final} was not written ({error}); it needs about {need:,} bytes and {free:,} are free; "
+            "earlier checkpoints are intact"
+        ) from error
+    return final
+
+
+def write_tensors(path, tensors):
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    shutil.copymode(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def optimizer_tensors(model, optimizer) -> dict:
+    """The optimizer's state as named tensors: <parameter>/<key>."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"{names[p]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
+
+
+def remove(directory):
+    """Deletes a directory so that, killed half way, what is left is no checkpoint."""
+    directory = Path(directory)
+    if directory.exists():
+        doomed = directory.with_name(f"{LEFTOVER}{directory.name.removeprefix(LEFTOVER)}")
+        if doomed != directory:
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(directory, doomed)
+        shutil.rmtree(doomed)
+
+
+def rotate(run_dir, keep_last, best_step=None):
+    """Keeps the newest `keep_last` checkpoints, and the one of `best_step`."""
+    for path in steps(run_dir)[keep_last:]:
+        if step_of(path) != best_step:
+            remove(path)
+
+
+def clean(run_dir):
+    """Removes what a killed save or deletion left behind."""
+    for path in Path(run_dir).glob(f"{LEFTOVER}*"):
+        shutil.rmtree(path)
+
+
+# ---------------------------------------------------------------------------------------
+# Finding.
+
+
+def step_of(path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def steps(run_dir) -> list[Path]:
+    """The checkpoints of a run, newest first, whether or not they verify."""
+    found = [p for p in Path(run_dir).glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d+", p.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def verify(path):
+    """UserError naming the first file of a checkpoint that is missing or is not what its manifest says."""
+    path = Path(path)
+    listed = read_json(path / MANIFEST).get("files")
+    needed = {MODEL, OPTIMIZER, CONFIG, STATE, "tokenizer.json"}
+    if not isinstance(listed, dict) or not needed <= listed.keys():
+        raise UserError(f"{path / MANIFEST}: does not list {', '.join(sorted(needed))}")
+    for name, facts in listed.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise UserError(f"{file}: listed in {MANIFEST}, but not there")
+        if file.stat().st_size != facts["size"]:
+            raise UserError(f"{file}: {file.stat().st_size:,} bytes, but {MANIFEST} says {facts['size']:,}")
+        if sha256(file) != facts["sha256"]:
+            raise UserError(f"{file}: its content is not what was saved (sha256 differs)")
+
+
+def newest(run_dir) -> Path | None:
+    """The newest checkpoint of a run that verifies; None if it has none at all.
+
+    A bad one is skipped, by name, on stderr. UserError where all are bad: starting from scratch must be said."""
+    found = steps(run_dir)
+    for path in found:
+        try:
+            verify(path)
+            return path
+        except UserError as error:
+            print(f"checkpoint skipped: {error}", file=sys.stderr)
+    if found:
+        raise UserError(f"{run_dir}: none of its {len(found)} checkpoints can be used; remove them to start anew")
+    return None
+
+
+def find_checkpoint(path=None) -> Path:
+    """The checkpoint that `path` means: itself, a run's newest, or, for None, the newest under checkpoints/."""
+    if path is None:
+        runs = [p for p in Path(DEFAULT_DIR).glob("*") if steps(p)]
+        if not runs:
+            raise UserError(
+                f"no checkpoint under {DEFAULT_DIR}/; train one (python train.py) or name it: --checkpoint DIR"
+            )
+        path = max(runs, key=lambda run: steps(run)[0].stat().st_mtime)
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        verify(path)
+        return path
+    if path.is_dir() and (found := newest(path)):
+        return found
+    raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or one of its step_* checkpoints")
+
+
+def what_it_looks_like(path) -> str:
+    if not path.exists():
+        return "does not exist"
+    if path.is_file():
+        pickled = path.suffix in (".pt", ".pth", ".bin", ".ckpt")
+        return "is a pickle of another project (which could run code and is not opened)" if pickled else "is a file"
+    if (path / CONFIG).is_file():
+        return f"holds {CONFIG} but no {MANIFEST} (a Hugging Face model?)"
+    return "holds no checkpoint"
+
+
+# ---------------------------------------------------------------------------------------
+# Loading.
+
+
+def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
+    """Tensors of a file by name. UserError names a missing, extra, misshapen or non-finite one."""
+    try:
+        with safe_open(path, "pt") as f:
+            names = set(f.keys())
+            for name in sorted(names ^ expected.keys()):
+                raise UserError(f"{path}: tensor {name} is {'not expected' if name in names else 'missing'}")
+            for name, shape in expected.items():
+                found = f.get_slice(name)
+                if list(found.get_shape()) != list(shape) or found.get_dtype() != "F32":
+                    has = f"{found.get_dtype()} {found.get_shape()}"
+                    raise UserError(f"{path}: tensor {name} is {has}, expected F32 {list(shape)}")
+            tensors = {name: f.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
+    for name, t in tensors.items():
+        if not torch.isfinite(t).all():
+            raise UserError(f"{path}: tensor {name} holds NaN or Inf")
+    return tensors
+
+
+def read_config(path) -> GPTConfig:
+    values = read_json(path)
+    known = {f.name: f.type for f in fields(GPTConfig)}
+    if values.keys() != known.keys():
+        raise UserError(f"{path}: keys {sorted(values.keys() ^ known.keys())} are missing or unknown")
+    for name, kind in known.items():
+        if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
+            raise UserError(f"{path}: {name} is {values[name]!r}, expected {kind.__name__}")
+    config = GPTConfig(**values)
+    if config.problems():
+        raise UserError(f"{path}: {'; '.join(config.problems())}")
+    return config
+
+
+def load_weights(path, model):
+    expected = {name: t.shape for name, t in model.state_dict().items()}
+    model.load_state_dict(read_tensors(Path(path) / MODEL, expected))
+
+
+def load_model(path=None, device="cpu"):
+    """(GPT in evaluation mode, its tokenizer) of a checkpoint, of a run's newest, or of the newest run."""
+    path = find_checkpoint(path)
+    model = GPT(read_config(path / CONFIG))
+    load_weights(path, model)
+    return model.to(device).eval(), load_tokenizer(path)
+
+
+def load_training(path, model, optimizer) -> dict:
+    """Weights and optimizer state into existing objects; returns state.json."""
+    path = Path(path)
+    load_weights(path, model)
+    with safe_open(path / OPTIMIZER, "pt") as f:
+        keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
+    named = dict(model.named_parameters())
+    shapes = {f"{name}/{key}": [] if key == "step" else p.shape for name, p in named.items() for key in keys}
+    tensors = read_tensors(path / OPTIMIZER, shapes)
+    order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = {order[p]: {key: tensors[f"{name}/{key}"] for key in keys} for name, p in named.items()} if keys else {}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return read_json(path / STATE)
+
+
+# ---------------------------------------------------------------------------------------
+
+
+class RunLock:
+    """Context in which this process alone writes to a run's directory. The kernel frees it after a crash."""
+
+    def __init__(self, run_dir):
+        self.path = Path(run_dir) / ".lock"
+
+    def __enter__(self):
+        try:
+            import fcntl
+        except ImportError:  # Windows has no flock; there the lock is not kept
+            return self
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.seek(0)
+            raise UserError(
+                f"{self.path.parent} is in use by {self.file.read().strip() or 'another process'}"
+            ) from error
+        self.file.truncate(0)
+        who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        print(who, file=self.file, flush=True)
+        return self
+
+    def __exit__(self, *exc):
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def main(argv=None):
+    parser = Parser(description="Check checkpoints against their manifests.")
+    parser.add_argument("command", choices=["verify"])
+    parser.add_argument("directory", help="a run's directory or one checkpoint")
+    path = Path(parser.parse_args(argv).directory)
+    for checkpoint in [path] if (path / MANIFEST).is_file() else steps(path):
+        verify(checkpoint)
+        print(f"{checkpoint}: whole")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,213 @@
+"""The machine: device, precision, processes, signals. Every question about it is asked here.
+
+Notable: an unknown GPU has no peak and so no MFU, rather than a wrong one; one process and many
+run the same code, because every call here is also right for a world of one.
+"""
+
+import os
+import platform
+import re
+import signal
+import sys
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+# Dense bf16/fp16 FLOP/s with fp32 accumulation, from the makers' data sheets; first match counts.
+PEAK_FLOPS = [
+    (r"Laptop|Max-Q", None),  # the desktop's name, not its speed
+    (r"B200", 2250e12),
+    (r"H200 NVL", 836e12),
+    (r"H200|H100 80GB HBM3|GH200", 989e12),
+    (r"H100 NVL", 835e12),
+    (r"H100 PCIe", 756e12),
+    (r"A100", 312e12),
+    (r"L40S", 362e12),
+    (r"L4", 121e12),
+    (r"A10", 125e12),
+    (r"RTX A6000", 155e12),
+    (r"RTX 4090", 165e12),
+    (r"RTX 3090", 71e12),
+    (r"V100", 125e12),
+    (r"T4", 65e12),
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name="auto") -> torch.device:
+    """cuda, else mps, else cpu for "auto"; otherwise the named one, or UserError where it is not there."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in has.items() if there)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or not has.get(device.type):
+        raise UserError(f"device {name!r} is not available; this machine has {', '.join(k for k in has if has[k])}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r} is not available; this machine has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return device
+
+
+def pick_dtype(name, device) -> str:
+    """The precision of matrix products. "auto": bf16 where the hardware multiplies it, fp16 on older
+    CUDA cards, else fp32. UserError where a named one cannot run."""
+    if device.type == "cuda":
+        best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+        best = "bfloat16"  # without AMX, bf16 products on a CPU are slower than fp32, some by a factor of 400
+    else:
+        best = "float32"
+    if name == "float16" and device.type == "cpu":
+        raise UserError("dtype float16 is not for CPUs; use float32 or bfloat16")
+    return best if name == "auto" else name
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in `dtype` ("float32": as they are)."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where one process of a run stands."""
+
+    device: torch.device
+    dtype: str  # of matrix products: a key of DTYPES
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        return autocast(self.device, self.dtype)
+
+    def sum(self, *values) -> list[float]:
+        """Each value (number or one-element tensor) summed over ranks, in float64."""
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        if self.world > 1:
+            total = total.to(self.device)
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def reduce(self, tensor):
+        """The tensor summed over ranks."""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, function):
+        """function() on rank 0, its result on every rank; its exception too, so that nobody waits for ever."""
+        if self.world == 1:
+            return function()
+        box = [None]
+        if self.is_main:
+            try:
+                box = [(function(), None)]
+            except Exception as error:
+                box = [(None, error)]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        result, error = box[0]
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value) -> list:
+        """`value` of every rank, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def peak_flops(self) -> float | None:
+        """Of one device at this dtype by its data sheet; None where the table does not know."""
+        if self.device.type != "cuda" or self.dtype == "float32":
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.device))
+
+    def memory(self) -> int:
+        """Peak bytes: of the allocator on CUDA, resident elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_flops(device_name) -> float | None:
+    for pattern, peak in PEAK_FLOPS:
+        if re.search(rf"\b({pattern})\b", device_name):
+            return peak
+    return None
+
+
+def start(device="auto", dtype="auto") -> Runtime:
+    """Joins the process group if torchrun started this process (gloo on CPU, nccl on CUDA)."""
+    rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(device)
+    if device.type == "cuda":
+        if device.index is None:
+            device = pick_device(f"cuda:{local}")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Runtime(device, pick_dtype(dtype, device), rank, local, world)
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class StopSignals:
+    """Context in which SIGTERM, SIGUSR1 (Slurm's notice) and Ctrl-C only set `.received`, to be looked at
+    between steps. A second Ctrl-C exits at once."""
+
+    NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+    def __enter__(self):
+        self.received, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for name in self.NAMES:
+                if hasattr(signal, name):
+                    number = getattr(signal, name)
+                    self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number, frame):
+        if self.received == number == signal.SIGINT:
+            os._exit(128 + number)
+        self.received = number
+
+    def __exit__(self, *exc):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict:
+    """What a reader of run.json wants to know of the machine."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }

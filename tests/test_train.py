@@ -1,0 +1,418 @@
+"""The training loop: the same numbers whatever interrupts it, evaluates it, or shares its work."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import train as train_module
+from data_processing_fineweb import ShardWriter
+from errors import UserError, run
+from files import read_json
+from tracking import read_rows
+from train import PRESETS, TrainConfig, lr_at, parse, problems, train
+
+ROOT = Path(__file__).parent.parent
+TRACE = ("step", "loss", "grad_norm", "lr", "checksum", "samples_seen")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, byte_tokenizer):
+    """Four shards of unequal length, none a multiple of T = 32, in which the next token can be guessed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    facts = {"name": "byte", "vocab_size": 512, "fingerprint": byte_tokenizer.fingerprint()}
+    for name, sizes in (("data", (1999, 1500, 701, 1000)), ("data_val", (1300,))):
+        writer = ShardWriter(folder / name, 512, 10_000)
+        for size in sizes:
+            writer.add(np.cumsum(rng.integers(1, 4, size)) % 512, size * 3)
+            writer.flush()
+        writer.close(tokenizer=facts)
+        (folder / name / "tokenizer").mkdir()
+        byte_tokenizer.save(folder / name / "tokenizer")
+    return folder / "data"
+
+
+@pytest.fixture
+def toy(corpus, tmp_path) -> TrainConfig:
+    """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows."""
+    return TrainConfig(
+        run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,
+        n_embd=32, dropout=0.1, max_steps=40, batch_size=4, total_batch_tokens=256, lr=3e-3, min_lr=3e-4,
+        eval_interval=10, val_tokens=600, hellaswag_interval=0, sample_interval=20, save_interval=5, keep_last=2,
+        device="cpu", dtype="float32", compile="off",
+    )  # fmt: skip
+
+
+def trace(config) -> list[tuple]:
+    """Per step everything that must not change, floats to the last bit."""
+    rows = [r for r in read_rows(config.run_dir / "metrics.jsonl") if r["kind"] == "train"]
+    return [tuple(v.hex() if isinstance(v := row[k], float) else v for k in TRACE) for row in rows]
+
+
+def losses(config):
+    return [r["loss"] for r in read_rows(config.run_dir / "metrics.jsonl") if r["kind"] == "train"]
+
+
+def vals(config):
+    return {r["step"]: r["loss"] for r in read_rows(config.run_dir / "metrics.jsonl") if r["kind"] == "val"}
+
+
+def as_flags(config) -> list[str]:
+    changed = {k: v for k, v in vars(config).items() if v != getattr(PRESETS["gpt2-124m"], k)}
+    return [part for k, v in changed.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def start(config, *before, **environment):
+    """The real command line in another process."""
+    command = [*before, str(ROOT / "train.py"), *as_flags(config)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
+
+
+def wait_for_step(config, step, process):
+    for _ in range(1200):
+        if process.poll() is not None or any(r["step"] >= step for r in read_rows(config.run_dir / "metrics.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+# --- the schedule and the arguments
+
+
+def test_schedule_warms_up_falls_along_a_cosine_and_ends_at_min_lr():
+    c = TrainConfig(max_steps=1000, warmup_frac=0.1, lr=1.0, min_lr=0.1)
+    rates = [lr_at(step, c) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and rates[99] == 1.0 and rates[100] == 1.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
+    parameter = nn.Parameter(torch.zeros(1))  # torch's own cosine over the same stretch
+    torch_cosine = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([parameter], lr=1.0), 899, eta_min=0.1)
+    for step in range(100, 1000):
+        assert rates[step] == pytest.approx(torch_cosine.get_last_lr()[0], abs=1e-9)
+        torch_cosine.optimizer.step()
+        torch_cosine.step()
+
+
+def test_default_preset_is_gpt2_124m_on_ten_billion_tokens():
+    c = PRESETS["gpt2-124m"]
+    assert c.max_steps * c.total_batch_tokens == pytest.approx(10e9, rel=1e-5)
+    assert c.total_batch_tokens // (c.batch_size * c.block_size) == 4
+    assert not problems(c) and not problems(PRESETS["demo"])
+
+
+def test_all_argument_problems_are_said_at_once(capsys):
+    bad = ["--lr", "-1", "--warmup_frac", "2", "--batch_size", "7", "--n_head", "5", "--norm", "batchnorm"]
+    before = time.monotonic()
+    assert run(lambda: train_module.main(bad)) == 2
+    assert time.monotonic() - before < 5, "arguments are checked before any work"
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in ("lr is -1", "warmup_frac is 2", "does not divide by batch_size 7", "n_head 5", "batchnorm"):
+        assert word in error, error
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--preset", "gpt5"], ["gpt5", "demo"]),
+        (["--batchsize", "4"], ["--batchsize"]),
+        (["--lr", "fast"], ["--lr", "fast"]),
+        (["--data_dir", "nowhere"], ["nowhere", "prepare_fineweb.py", "--data_dir"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--eval_only", "--checkpoint", "nowhere"], ["edu_fineweb10B"]),
+    ],
+)
+def test_a_mistake_costs_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(lambda: train_module.main(argv)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(w in error for w in words), error
+    assert not (tmp_path / "checkpoints").exists(), "nothing is made before the data is there"
+
+
+def test_every_flag_is_explained():
+    text = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name, f in TrainConfig.__dataclass_fields__.items():
+        assert f"--{name}" in text and len(f.metadata["help"]) > 5
+        if f.default not in (None, False):
+            assert f"(default: {f.default})" in " ".join(text.split()), name
+
+
+def test_flags_change_a_preset():
+    c = parse(["--preset", "demo", "--lr", "0.5", "--bias"])
+    assert (c.lr, c.bias, c.n_embd) == (0.5, True, PRESETS["demo"].n_embd)
+
+
+def test_wrong_tokenizer_is_refused(toy, tmp_path, byte_tokenizer):
+    """Ids of another vocabulary are numbers without meaning; training on them looks almost normal."""
+    manifest = Path(toy.data_dir).parent / "other" / "manifest.json"
+    manifest.parent.mkdir(exist_ok=True)
+    facts = read_json(Path(toy.data_dir) / "manifest.json")
+    facts["tokenizer"] |= {"fingerprint": "0" * 64, "vocab_size": 999}
+    for shard in Path(toy.data_dir).glob("*.npy"):
+        (manifest.parent / shard.name).write_bytes(shard.read_bytes())
+    manifest.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"999 ids.*512 ids"):
+        train(replace(toy, data_dir=str(manifest.parent), tokenizer=str(Path(toy.data_dir) / "tokenizer")))
+
+
+# --- the trace
+
+
+def test_two_undisturbed_runs_agree_and_learn(toy):
+    result = train(toy)
+    again = replace(toy, run_name="again")
+    train(again)
+    assert trace(toy) == trace(again) and len(trace(toy)) == 40
+    assert vals(toy) == vals(again) and sorted(vals(toy)) == [0, 10, 20, 30, 40]
+    assert result["val_loss"] == vals(toy)[40] < vals(toy)[0] - 0.7
+    kept = [p.name for p in checkpoint.steps(toy.run_dir)]
+    assert kept[:2] == ["step_00000040", "step_00000035"]
+    best = read_json(toy.run_dir / "best.json")
+    assert best["loss"] == min(vals(toy)[s] for s in vals(toy) if s) and best["checkpoint"] in kept
+    assert (toy.run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluating_sampling_and_saving_do_not_move_the_trace(toy):
+    """The commonest fault of the field: evaluation draws from the training random stream."""
+    train(toy)
+    quiet = replace(toy, run_name="quiet", eval_interval=0, sample_interval=0, save_interval=0)
+    train(quiet)
+    assert trace(toy) == trace(quiet)
+
+
+def test_resume_of_a_resume_of_a_resume_is_exact(toy, monkeypatch):
+    """Right once and wrong the second time is how most projects fail; saves fall on and around epoch ends."""
+    train(toy)
+    cut = replace(toy, run_name="cut", save_interval=1)
+    real_step, budget = train_module.train_step, [0]
+
+    def dying_step(*args):
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise KeyboardInterrupt
+        torch.rand(3)  # whatever a restart does to the random state must not matter
+        return real_step(*args)
+
+    monkeypatch.setattr(train_module, "train_step", dying_step)
+    for steps in (7, 0, 13, 1, 100):
+        budget[0] = steps
+        try:
+            train(cut)
+        except KeyboardInterrupt:
+            assert steps < 100
+    assert trace(cut) == trace(toy)
+    assert vals(cut) == vals(toy)
+
+
+def test_killed_process_resumes_to_the_same_bits(toy):
+    """SIGKILL gives no time to say goodbye; what the next start finds must be enough."""
+    train(replace(toy, run_name="whole"))
+    for step in (12, 27):
+        process = start(toy, sys.executable)
+        wait_for_step(toy, step, process)
+        process.kill()
+        process.communicate()
+    process = start(toy, sys.executable)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "continued at step" in output
+    assert trace(toy) == trace(replace(toy, run_name="whole"))
+    assert vals(toy) == vals(replace(toy, run_name="whole"))
+
+
+def test_finished_run_says_so_and_rewrites_nothing(toy, capsys):
+    train(toy)
+    before = {p: p.stat().st_mtime_ns for p in toy.run_dir.rglob("*") if p.name not in (".lock", "metrics.jsonl")}
+    text = (toy.run_dir / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    result = train(toy)
+    assert "already at step 40 of 40" in capsys.readouterr().out
+    assert result["val_loss"] == vals(toy)[40]
+    assert before == {p: p.stat().st_mtime_ns for p in before} and text == (toy.run_dir / "metrics.jsonl").read_text()
+
+
+def test_killed_between_last_save_and_last_evaluation_still_evaluates(toy, monkeypatch):
+    monkeypatch.setattr(train_module, "validate", lambda r: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(toy, eval_interval=40, max_steps=6))
+    monkeypatch.undo()
+    result = train(replace(toy, eval_interval=40, max_steps=6))
+    assert result["step"] == 6 and result["val_loss"] == vals(toy)[6]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_accumulation_changes_losses_only_by_rounding(toy, batch_size):
+    """Loss of the last micro-batch only, or mean of unequal means, would show here."""
+    plain = replace(toy, dropout=0.0, max_steps=25)  # 25 steps reach the padded window at the epoch's end
+    other = replace(plain, run_name="other", batch_size=batch_size)
+    train(plain), train(other)
+    assert [row[4] for row in trace(plain)] == [row[4] for row in trace(other)], "same batches"
+    assert losses(other) == pytest.approx(losses(plain), abs=1e-5)
+    assert vals(other)[25] == pytest.approx(vals(plain)[25], abs=1e-5)
+
+
+def test_two_processes_give_the_losses_of_one(toy):
+    """Two gloo ranks: same batches, same losses to rounding, one set of files."""
+    plain = replace(toy, dropout=0.0, max_steps=25, batch_size=2)
+    one = replace(plain, run_name="one")
+    train(one)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(plain, *launcher)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert [row[4] for row in trace(plain)] == [row[4] for row in trace(one)], "same batches"
+    assert losses(plain) == pytest.approx(losses(one), abs=1e-5)
+    assert vals(plain)[25] == pytest.approx(vals(one)[25], abs=1e-5)
+    assert output.count("validation loss 6.") == 1, "only one rank speaks"
+
+
+def test_loss_is_the_mean_over_the_whole_global_batch(toy):
+    """The first step's loss, recomputed plainly from the model's logits."""
+    c = replace(toy, dropout=0.0, max_steps=1)
+    train(c)
+    r = train_module.set_up(replace(c, run_name="fresh"), train_module.runtime.start("cpu", "float32"))
+    windows = train_module.FineWebDataLoader(r.train_data, 8, 8, c.seed).windows(0)
+    x, y = (torch.from_numpy(a) for a in r.train_data.rows(windows))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(r.model.eval()(x).flatten(0, 1), y.flatten())
+    assert losses(c)[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_changed_identity_is_refused_with_both_values(toy):
+    train(replace(toy, max_steps=5))
+    with pytest.raises(UserError, match=r"seed \(was 1337, now 7\)"):
+        train(replace(toy, seed=7))
+    with pytest.raises(UserError, match=r"n_layer \(was 2, now 3\).*rope_theta"):
+        train(replace(toy, n_layer=3, rope_theta=500.0))
+    with pytest.raises(UserError, match="resume is never"):
+        train(replace(toy, resume="never"))
+    assert len(trace(toy)) == 5
+
+
+def test_global_batch_changed_on_purpose_loses_no_window(toy):
+    train(replace(toy, max_steps=10))
+    train(replace(toy, max_steps=15, total_batch_tokens=512))
+    seen = [r["samples_seen"] for r in read_rows(toy.run_dir / "metrics.jsonl") if r["kind"] == "train"]
+    assert seen == [*range(8, 88, 8), *range(96, 176, 16)]
+
+
+def test_resume_from_a_named_checkpoint_starts_a_new_run(toy):
+    train(toy)
+    branch = replace(toy, run_name="branch", resume=str(toy.run_dir / "step_00000035"))
+    train(branch)
+    assert trace(branch) == trace(toy)[35:]
+    with pytest.raises(UserError, match="does not exist"):
+        train(replace(toy, run_name="new", resume=str(toy.run_dir / "step_00000099")))
+
+
+# --- faults
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where):
+    """A NaN that reaches the weights, or a checkpoint, cannot be undone."""
+    train(replace(toy, max_steps=5))
+    real = train_module.train_step
+
+    def poisoned(r, batch, stop=0):
+        hook = r.model.ln_f.register_forward_hook(
+            (lambda m, i, o: o * math.nan)
+            if where == "loss"
+            else (lambda m, i, o: o.register_hook(lambda g: g * math.inf) and None)
+        )
+        before = [p.detach().clone() for p in r.model.parameters()]
+        try:
+            return real(r, batch, stop)
+        finally:
+            hook.remove()
+            assert all(torch.equal(a, b) for a, b in zip(before, r.model.parameters()))
+
+    monkeypatch.setattr(train_module, "train_step", poisoned)
+    with pytest.raises(UserError, match=r"step 6: loss .* samples 40 to 47; the update was not applied"):
+        train(toy)
+    assert checkpoint.steps(toy.run_dir)[0].name == "step_00000005"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_continues_exactly(toy, number):
+    train(replace(toy, run_name="whole"))
+    process = start(toy, sys.executable)
+    wait_for_step(toy, 8, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    if process.returncode != 0:  # 0: the machine was so fast that the run was over
+        assert process.returncode == 128 + number, output
+        assert "saved in" in output
+        assert len(trace(toy)) == checkpoint.step_of(checkpoint.steps(toy.run_dir)[0]), "saved at the step it stopped"
+    train(toy)
+    assert trace(toy) == trace(replace(toy, run_name="whole"))
+
+
+def test_second_process_on_one_run_is_refused(toy):
+    toy.run_dir.mkdir(parents=True)
+    with checkpoint.RunLock(toy.run_dir), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        train(toy)
+    train(replace(toy, max_steps=2))  # and free again
+
+
+def test_wandb_that_fails_costs_one_warning(toy, monkeypatch, capsys):
+    """The tracker is a view; it must not be able to stop or change a run."""
+
+    class Broken:
+        def __getattr__(self, name):
+            raise ConnectionError("no such host")
+
+    monkeypatch.setitem(sys.modules, "wandb", Broken())
+    train(replace(toy, wandb_project="p", max_steps=5))
+    train(replace(toy, run_name="without", max_steps=5))
+    assert trace(toy) == trace(replace(toy, run_name="without"))
+    assert capsys.readouterr().err.count("warning: wandb is off") == 1
+
+
+def test_eval_only_repeats_the_number_of_the_run(toy, capsys):
+    result = train(toy)
+    again = train(replace(toy, eval_only=True))
+    assert again["loss"] == result["val_loss"]
+    other_batch = train(replace(toy, eval_only=True, batch_size=1, checkpoint=str(toy.run_dir)))
+    assert other_batch["loss"] == pytest.approx(result["val_loss"], abs=1e-6)
+
+
+def test_bits_per_byte_counts_the_bytes_of_the_targets(toy):
+    train(replace(toy, max_steps=1))
+    row = next(r for r in read_rows(toy.run_dir / "metrics.jsonl") if r["kind"] == "val")
+    r = train_module.set_up(replace(toy, run_name="x"), train_module.runtime.start("cpu", "float32"))
+    targets = r.val_data.tokens(1, 1 + row["targets"])
+    text_bytes = sum(len(r.tokenizer.backend.id_to_token(int(t))) for t in targets if t != r.tokenizer.eot_token)
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["targets"] / math.log(2) / text_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_step_gives_the_same_losses(toy, dropout):
+    plain, compiled = (
+        replace(toy, dropout=0.0, max_steps=6),
+        replace(toy, run_name="c", max_steps=6, compile="on", dropout=dropout),
+    )
+    train(plain), train(compiled)
+    assert losses(compiled)[0] == pytest.approx(losses(plain)[0], abs=1e-4 if dropout == 0 else 0.1)
+    if dropout == 0:
+        assert losses(compiled) == pytest.approx(losses(plain), abs=1e-3)
+    again = replace(compiled, run_name="again")
+    train(again)
+    assert trace(again) == trace(compiled)

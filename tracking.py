@@ -1,0 +1,144 @@
+"""What a run tells: metrics.jsonl, the terminal, and Weights & Biases where it is asked for.
+
+Notable: metrics.jsonl is the truth, one JSON object a line, and exact across restarts: rows after
+the checkpoint that is resumed are cut off, so every step has one row. The rest are views of it;
+none of them can stop a run.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from files import write_whole
+
+PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
+
+
+class Metrics:
+    """The rows of one run: {"kind": "train" | "val" | "hellaswag" | "sample", "step", "tokens", "seconds", ...}."""
+
+    def __init__(self, path, step, writes=True):
+        """Keeps the rows up to `step`; where it `writes` (one process does), the rest are cut off the file."""
+        rows = [row for row in read_rows(path) if row["step"] <= step]
+        self.done = {(row["kind"], row["step"]) for row in rows}
+        self.vals = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
+        self.file = None
+        if writes:
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def log(self, kind, step, **values) -> dict:
+        row = {"kind": kind, "step": step, **values}
+        self.done.add((kind, step))
+        if kind == "val":
+            self.vals[step] = row["loss"]
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        return row
+
+    def sync(self):
+        """To the disk, before a checkpoint that relies on it."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def read_rows(path):
+    """The rows of a metrics.jsonl; a line cut off by a crash is left out."""
+    if not Path(path).exists():
+        return
+    with open(path, encoding="utf-8") as f:
+        for line in f:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+class Wandb:
+    """The rows sent to Weights & Biases. Whatever goes wrong there costs one warning, not the run."""
+
+    def __init__(self, project, name, run_dir, config):
+        self.run = None
+        try:
+            import wandb  # here: optional, and slow to import
+
+            if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key):
+                os.environ["WANDB_MODE"] = "offline"
+                print(f"wandb: no key, so offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
+            id_file = Path(run_dir) / "wandb_id.txt"
+            run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+            self.run = wandb.init(
+                project=project,
+                name=name or Path(run_dir).name,
+                dir=str(run_dir),
+                config=config,
+                id=run_id,
+                resume="allow",
+            )
+            id_file.write_text(run_id + "\n")
+            self.run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
+        except Exception as error:
+            self.give_up(error)
+
+    def log(self, row):
+        if self.run is None:
+            return
+        try:
+            self.run.log(
+                {"step": row["step"]} | {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step")}
+            )
+        except Exception as error:
+            self.give_up(error)
+
+    def close(self):
+        if self.run is not None:
+            try:
+                self.run.finish()
+            except Exception as error:
+                self.give_up(error)
+
+    def give_up(self, error):
+        self.run = None
+        print(f"warning: wandb is off for the rest of this run ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line every few seconds. The last step always shows."""
+
+    def __init__(self, step, total, shown):
+        self.total, self.shown, self.last = total, shown, -PLAIN_SECONDS
+        self.first, self.began = step, time.monotonic()
+        live = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05) if live else None
+
+    def update(self, step, text):
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(1)
+        elif self.shown and (time.monotonic() - self.last >= PLAIN_SECONDS or step == self.total):
+            self.last = time.monotonic()
+            left = (self.last - self.began) / (step - self.first) * (self.total - step)
+            print(f"step {step:>{len(str(self.total))}}/{self.total}  {text}  left {duration(left)}", flush=True)
+
+    def say(self, text):
+        if self.shown:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,665 @@
+"""Pre-training: presets, schedule, optimizer step, evaluation, checkpoints. `python train.py --help`.
+
+Notable: a run is a pure function of its configuration. The data order and the dropout masks are
+computed from (seed, position), never drawn from a stream that something else could move, so
+evaluating, sampling, saving, logging or being killed and started again changes nothing. The loss
+is the true mean over the whole global batch, and no update is applied before it is known to be
+finite on every rank.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import hellaswag_eval
+import inference
+import plot_run
+import runtime
+from data_processing_fineweb import (
+    IGNORE,
+    FineWebBatchIterator,
+    FineWebDataLoader,
+    FineWebDataset,
+    find_shards,
+    first_windows,
+    key64,
+    refuse_overlap,
+)
+from errors import Parser, UserError, run
+from files import read_json, write_json
+from model import GPT, GPTConfig
+from prepare_fineweb import prepare_demo
+from tokenizer import load_tokenizer
+from tracking import Metrics, Progress, Wandb
+
+# ---------------------------------------------------------------------------------------
+# Configuration. Every field is a flag.
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. The defaults are the preset gpt2-124m: FineWeb-Edu's 10B-token sample, once."""
+
+    preset: str = flag("gpt2-124m", "named set of values that other flags change")
+    run_name: str | None = flag(None, "name of the run's directory; default: the preset's name")
+    checkpoint_dir: str = flag(checkpoint.DEFAULT_DIR, "directory of all runs")
+    data_dir: str = flag("edu_fineweb10B", "folder of training shards")
+    val_data_dir: str | None = flag(None, "folder of validation shards; default: data_dir + _val, or data_dir's own")
+    tokenizer: str | None = flag(None, "folder, file or hub name; default: the one kept with the shards, else gpt2")
+    # model
+    block_size: int = flag(1024, "context length, tokens")
+    n_layer: int = flag(12, "number of blocks")
+    n_head: int = flag(12, "attention heads per block")
+    n_embd: int = flag(768, "channels of the residual stream")
+    dropout: float = flag(0.1, "probability of dropping an activation, [0, 1)")
+    bias: bool = flag(False, "biases in Linear and LayerNorm")
+    norm: str = flag("layernorm", "layernorm or rmsnorm")
+    rope_theta: float = flag(10000.0, "base of RoPE's wavelengths")
+    # optimization
+    max_steps: int = flag(152_587, "optimizer steps")
+    batch_size: int = flag(16, "sequences per micro-batch and device; the flag to lower when memory runs out")
+    total_batch_tokens: int = flag(65_536, "tokens per optimizer step over all devices; sets the accumulation")
+    lr: float = flag(6e-4, "highest learning rate")
+    min_lr: float = flag(6e-5, "learning rate at the last step")
+    warmup_frac: float = flag(0.06, "share of the steps with rising learning rate, [0, 1)")
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    beta2: float = flag(0.95, "AdamW's decay of squared gradients, [0, 1)")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
+    # evaluation and saving; an interval of 0 turns a thing off, and the last step counts as due
+    eval_interval: int = flag(2000, "steps between validations; 0: never")
+    val_tokens: int = flag(5_242_880, "tokens validated on, from the start of the validation shards")
+    hellaswag_interval: int = flag(10_000, "steps between HellaSwag evaluations; 0: never")
+    hellaswag_data: str | None = flag(None, "local HellaSwag JSONL; default: downloaded once")
+    hellaswag_limit: int | None = flag(None, "examples used; default: all 10,042")
+    sample_interval: int = flag(10_000, "steps between samples; 0: never")
+    sample_prompt: str = flag("The most important", "text that samples continue")
+    save_interval: int = flag(2000, "steps between checkpoints; 0: only the last")
+    keep_last: int = flag(2, "newest checkpoints kept, besides the best")
+    # the run
+    resume: str = flag("auto", "auto: continue the run if it exists; never: refuse if it does; PATH: from that one")
+    seed: int = flag(1337, "of weights, data order and dropout")
+    no_shuffle: bool = flag(False, "read the data in its stored order")
+    device: str = flag("auto", "cuda, mps, cpu, or auto: the first of them there is")
+    dtype: str = flag("auto", "of matrix products: float32, bfloat16, float16, or auto: what the device is best at")
+    compile: str = flag("auto", "torch.compile the training step: auto (on CUDA), on, off")
+    grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, about a third slower")
+    eval_only: bool = flag(False, "evaluate --checkpoint, or the run's newest, and stop")
+    checkpoint: str | None = flag(None, "with --eval_only: a run's directory or one checkpoint")
+    wandb_project: str | None = flag(None, "log to this Weights & Biases project; default: off")
+    wandb_run_name: str | None = flag(None, "name of the run there; default: run_name")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.checkpoint_dir) / (self.run_name or self.preset)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimizer step."""
+        return self.total_batch_tokens // self.block_size
+
+
+PRESETS = {
+    "gpt2-124m": TrainConfig(),
+    # From nothing, offline, in about two minutes on two cores: Python's own documentation, see prepare_fineweb.
+    "demo": TrainConfig(
+        preset="demo",
+        data_dir="demo_corpus",
+        block_size=128,
+        n_layer=4,
+        n_head=4,
+        n_embd=192,
+        dropout=0.0,
+        max_steps=600,
+        batch_size=16,
+        total_batch_tokens=2048,
+        lr=3e-3,
+        min_lr=1e-4,
+        eval_interval=100,
+        val_tokens=20_480,
+        hellaswag_interval=0,
+        sample_interval=200,
+        sample_prompt="The ",
+        save_interval=100,
+    ),
+}
+
+
+def problems(c: TrainConfig, world=1) -> list[str]:
+    """Everything wrong with the arguments, a line each, before any work; [] if nothing."""
+    found = GPTConfig(1 if c.block_size < 1 else c.block_size, 64, 64, c.n_layer, c.n_head, c.n_embd, c.dropout,
+                      c.bias, c.norm, c.rope_theta).problems()  # fmt: skip
+    for name in ("block_size", "max_steps", "batch_size", "total_batch_tokens", "val_tokens", "keep_last"):
+        if getattr(c, name) < 1:
+            found.append(f"{name} is {getattr(c, name)}; it must be at least 1")
+    for name in (
+        "eval_interval",
+        "hellaswag_interval",
+        "sample_interval",
+        "save_interval",
+        "weight_decay",
+        "grad_clip",
+    ):
+        if not 0 <= getattr(c, name) < math.inf:
+            found.append(f"{name} is {getattr(c, name)}; it must be at least 0")
+    for name in ("warmup_frac", "beta2"):
+        if not 0 <= getattr(c, name) < 1:
+            found.append(f"{name} is {getattr(c, name)}; it must be in [0, 1)")
+    if not 0 < c.lr < math.inf:
+        found.append(f"lr is {c.lr}; it must be positive")
+    if not 0 <= c.min_lr <= c.lr:
+        found.append(f"min_lr is {c.min_lr}; it must be between 0 and lr ({c.lr})")
+    if c.hellaswag_limit is not None and c.hellaswag_limit < 1:
+        found.append(f"hellaswag_limit is {c.hellaswag_limit}; it must be at least 1")
+    for name, allowed in (("compile", ("auto", "on", "off")), ("dtype", ("auto", *runtime.DTYPES))):
+        if getattr(c, name) not in allowed:
+            found.append(f"{name} is {getattr(c, name)!r}; it must be one of {', '.join(allowed)}")
+    tokens = c.batch_size * c.block_size * world
+    if tokens > 0 and c.total_batch_tokens % tokens:
+        share = f"batch_size {c.batch_size} x block_size {c.block_size} x {world} device(s) = {tokens:,}"
+        found.append(f"total_batch_tokens {c.total_batch_tokens:,} does not divide by {share}")
+    if c.checkpoint and not c.eval_only:
+        found.append("checkpoint goes with eval_only; to continue a run from a checkpoint use resume")
+    return found
+
+
+def lr_at(step, c: TrainConfig) -> float:
+    """Learning rate of update number `step` (from 0): linear warm-up, then half a cosine down to min_lr."""
+    warmup = int(c.warmup_frac * c.max_steps)
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, c.max_steps - 1 - warmup)  # 1 at the last update
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (c.lr - c.min_lr)
+
+
+# ---------------------------------------------------------------------------------------
+# A run, set up.
+
+
+@dataclass
+class Run:
+    """Everything the loop works on. Its position is `step` and `samples_seen`; all else follows from them."""
+
+    config: TrainConfig
+    rt: runtime.Runtime
+    tokenizer: object
+    train_data: FineWebDataset
+    val_data: FineWebDataset
+    examples: list | None  # HellaSwag's
+    model: GPT  # the plain module: evaluates, samples, is saved
+    step_model: torch.nn.Module  # the same weights, compiled and distributed: trains
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
+    step: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0  # of training, over all sessions
+    saved_step: int = -1  # of the newest checkpoint known to be good
+    metrics: Metrics | None = None
+    wandb: Wandb | None = None
+    progress: Progress | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.samples_seen * self.config.block_size
+
+    def log(self, kind, **values):
+        row = self.metrics.log(kind, self.step, tokens=self.tokens, seconds=round(self.seconds, 3), **values)
+        if self.wandb:
+            self.wandb.log(row)
+        return row
+
+    def due(self, kind, interval, from_start=False) -> bool:
+        """Whether `kind` is to be done at this step and has not been yet, perhaps before a restart."""
+        at_start = from_start or self.step > 0
+        on_time = at_start and interval > 0 and (self.step % interval == 0 or self.step == self.config.max_steps)
+        return on_time and (kind, self.step) not in self.metrics.done
+
+
+def val_directory(c: TrainConfig) -> str:
+    beside = c.data_dir.rstrip("/\\") + "_val"
+    return c.val_data_dir or (beside if Path(beside).is_dir() else c.data_dir)
+
+
+def open_data(c: TrainConfig, rt):
+    """(tokenizer, training data, validation data), checked against each other."""
+    if c.data_dir == PRESETS["demo"].data_dir:
+        rt.from_main(lambda: prepare_demo(c.data_dir))
+    _, manifest = find_shards(c.data_dir, "train")  # missing data is the first thing to say
+    kept = Path(c.data_dir, "tokenizer")
+    tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"))
+    made_with = (manifest.get("tokenizer") or {}).get("fingerprint", tokenizer.fingerprint())
+    if made_with != tokenizer.fingerprint():
+        theirs = manifest["tokenizer"]
+        raise UserError(
+            f"{c.data_dir} was made with tokenizer {theirs.get('name')!r} ({theirs.get('vocab_size')} ids), "
+            f"not with {tokenizer.name!r} ({tokenizer.vocab_size} ids); leave --tokenizer out or prepare the data anew"
+        )
+    train_data = FineWebDataset(c.data_dir, c.block_size, "train", tokenizer.vocab_size)
+    val_data = FineWebDataset(val_directory(c), c.block_size, "val", tokenizer.vocab_size)
+    refuse_overlap(train_data, val_data)
+    return tokenizer, train_data, val_data
+
+
+def set_up(c: TrainConfig, rt) -> Run:
+    """Data, model and optimizer of a run at step 0."""
+    tokenizer, train_data, val_data = open_data(c, rt)
+    examples = None
+    if c.hellaswag_data if c.eval_only else c.hellaswag_interval:
+        examples = rt.from_main(lambda: hellaswag_eval.load_examples(c.hellaswag_data, c.hellaswag_limit))
+    torch.manual_seed(c.seed)
+    valid = tokenizer.vocab_size
+    model = GPT(
+        GPTConfig(
+            c.block_size,
+            -(-valid // 64) * 64,
+            valid,
+            c.n_layer,
+            c.n_head,
+            c.n_embd,
+            c.dropout,
+            c.bias,
+            c.norm,
+            c.rope_theta,
+        )
+    ).to(rt.device)
+    model.grad_checkpoint = c.grad_checkpoint
+    optimizer = torch.optim.AdamW(
+        model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"
+    )
+    step_model = model
+    if c.compile == "on" or (c.compile == "auto" and rt.device.type == "cuda"):
+        step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
+    if rt.world > 1:
+        step_model = DistributedDataParallel(step_model)
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
+    return Run(c, rt, tokenizer, train_data, val_data, examples, model, step_model, optimizer, scaler)
+
+
+def identity(r: Run) -> dict:
+    """What a run may not change half way: the numbers would no longer belong to one experiment."""
+    c = r.config
+    return {
+        **asdict(r.model.config),
+        "seed": c.seed,
+        "no_shuffle": c.no_shuffle,
+        "data": r.train_data.fingerprint(),
+        "tokenizer": r.tokenizer.fingerprint(),
+    }
+
+
+def resume(r: Run):
+    """Moves a run to its newest good checkpoint, or to the one named; leaves it at step 0 if there is none."""
+    c = r.config
+    found = r.rt.from_main(lambda: find_start(c))
+    if found is None:
+        return
+    state = read_json(found / checkpoint.STATE)
+    changed = [
+        f"{k} (was {state['identity'].get(k)}, now {v})"
+        for k, v in identity(r).items()
+        if state["identity"].get(k) != v
+    ]
+    if changed:
+        raise UserError(f"{found} cannot be continued with another {', '.join(changed)}; give a new --run_name")
+    checkpoint.load_training(found, r.model, r.optimizer)
+    r.step, r.samples_seen, r.seconds = state["step"], state["samples_seen"], state["seconds"]
+    if r.scaler.is_enabled() and state["scaler"]:
+        r.scaler.load_state_dict(state["scaler"])
+    r.saved_step = r.step if found.parent.resolve() == c.run_dir.resolve() else -1
+
+
+def find_start(c: TrainConfig) -> Path | None:
+    checkpoint.clean(c.run_dir)
+    if c.resume == "auto":
+        return checkpoint.newest(c.run_dir)
+    if c.resume != "never":
+        return checkpoint.find_checkpoint(c.resume)
+    if checkpoint.steps(c.run_dir):
+        raise UserError(f"{c.run_dir} already holds a run, and --resume is never; give a new --run_name")
+    return None
+
+
+def describe(r: Run):
+    """run.json: what a reader needs to repeat this run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    facts = {
+        "config": asdict(r.config),
+        "argv": sys.argv,
+        "git_commit": git.stdout.strip() or None,
+        "versions": runtime.versions(),
+        "device": str(r.rt.device),
+        "dtype": r.rt.dtype,
+        "world_size": r.rt.world,
+        "parameters": r.model.num_parameters(),
+        "training_tokens": r.train_data.n_tokens,
+        "identity": identity(r),
+    }
+    write_json(r.config.run_dir / "run.json", facts)
+
+
+# ---------------------------------------------------------------------------------------
+# A step.
+
+
+def train_step(r: Run, batch, stop=0):
+    """One update from one global batch: accumulate, reduce, clip, check, step.
+
+    Returns its row of metrics and whether any rank wants to `stop`. UserError, with nothing
+    updated, if the loss or the gradient is not finite."""
+    c, rt = r.config, r.rt
+    r.step_model.train()
+    loss_sum = torch.zeros((), device=rt.device)
+    for micro, (x, y) in enumerate(zip(batch.x, batch.y)):
+        torch.manual_seed(
+            int(key64(c.seed, r.step, micro, rt.rank)[0]) % 2**63
+        )  # dropout's, a function of the position
+        last = micro == len(batch.x) - 1
+        with nullcontext() if last or rt.world == 1 else r.step_model.no_sync():  # gradients travel once a step
+            with rt.autocast():
+                loss = r.step_model(x, y)
+            # the sum over this micro-batch, divided by the whole global batch's count; DDP averages over ranks
+            r.scaler.scale(loss * (rt.world / batch.n_targets)).backward()
+        loss_sum += loss.detach()
+    r.scaler.unscale_(r.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
+    total, checksum, stop = rt.sum(loss_sum, batch.checksum, stop)
+    loss, norm, lr = total / batch.n_targets, float(norm), lr_at(r.step, c)
+    # fp16's scaler finds its scale by overshooting now and then: it skips such an update itself
+    if not (math.isfinite(loss) and (math.isfinite(norm) or r.scaler.is_enabled())):
+        raise UserError(
+            f"step {r.step + 1}: loss {loss}, gradient norm {norm} at lr {lr:.3g}, samples {batch.start} to "
+            f"{batch.start + c.global_batch - 1}; the update was not applied. Lower --lr, or look at that data"
+        )
+    for group in r.optimizer.param_groups:
+        group["lr"] = lr
+    r.scaler.step(r.optimizer)
+    r.scaler.update()
+    r.optimizer.zero_grad(set_to_none=True)
+    r.step, r.samples_seen = r.step + 1, r.samples_seen + c.global_batch
+    return {"loss": loss, "lr": lr, "grad_norm": norm, "checksum": int(checksum)}, stop > 0
+
+
+def train_steps(r: Run, signals) -> bool:
+    """Trains until something is due at a step's end; True if a signal asks to stop (on any rank, for all)."""
+    c, rt = r.config, r.rt
+    loader = FineWebDataLoader(r.train_data, c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
+    peak, flops = rt.peak_flops(), r.model.flops_per_token()
+    with FineWebBatchIterator(loader, r.samples_seen, rt.device) as batches:
+        while r.step < c.max_steps:
+            began = time.perf_counter()
+            row, stop = train_step(r, next(batches), signals.received)
+            elapsed = time.perf_counter() - began
+            r.seconds += elapsed
+            rate = c.total_batch_tokens / elapsed
+            mfu = rate * flops / (peak * rt.world) if peak else None
+            epoch = r.samples_seen / r.train_data.n_windows
+            r.log("train", **row, samples_seen=r.samples_seen, epoch=round(epoch, 4), tokens_per_second=round(rate),
+                  mfu=mfu and round(mfu, 4), memory=rt.memory())  # fmt: skip
+            text = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  {rate:,.0f} tok/s"
+            r.progress.update(r.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
+            if stop:
+                return True
+            finish_step(r)
+    return False
+
+
+def finish_step(r: Run):
+    """What is due between two steps. Saving comes first: what follows may take long, and changes nothing."""
+    c = r.config
+    saving = r.step > 0 and (r.step == c.max_steps or (c.save_interval and r.step % c.save_interval == 0))
+    if saving and r.saved_step != r.step:
+        save(r)
+    if r.due("val", c.eval_interval, from_start=True):
+        row = r.log("val", **validate(r))
+        r.progress.say(f"step {r.step}: validation " + report(row))
+        keep_best(r)
+    if r.examples and r.due("hellaswag", c.hellaswag_interval):
+        row = r.log("hellaswag", **hellaswag(r))
+        r.progress.say(f"step {r.step}: HellaSwag, completion convention, acc_norm {row['completion_acc_norm']:.4f}")
+    if r.due("sample", c.sample_interval):
+        text = r.rt.from_main(lambda: sample(r))
+        r.log("sample", prompt=c.sample_prompt, text=text)
+        r.progress.say(f"step {r.step}: sample: {c.sample_prompt}{text}\n")
+    if saving and r.rt.is_main:
+        draw(r)
+
+
+def save(r: Run):
+    """A checkpoint of this step, then rotation. All ranks learn whether it worked."""
+    state = {
+        "step": r.step,
+        "samples_seen": r.samples_seen,
+        "seconds": r.seconds,
+        "identity": identity(r),
+        "config": asdict(r.config),
+        "scaler": r.scaler.state_dict() if r.scaler.is_enabled() else None,
+    }
+
+    def write():
+        r.metrics.sync()
+        checkpoint.save(r.config.run_dir, r.step, r.model, r.optimizer, state, r.tokenizer)
+        checkpoint.rotate(r.config.run_dir, r.config.keep_last, best_step(r))
+
+    r.rt.from_main(write)
+    r.saved_step = r.step
+
+
+def best_step(r: Run) -> int | None:
+    """Of the checkpoints there are, the one with the lowest validation loss."""
+    steps = [checkpoint.step_of(p) for p in checkpoint.steps(r.config.run_dir)]
+    return min((s for s in steps if s in r.metrics.vals), key=lambda s: (r.metrics.vals[s], s), default=None)
+
+
+def keep_best(r: Run):
+    best = best_step(r)
+    if r.rt.is_main and best is not None:
+        write_json(
+            r.config.run_dir / "best.json",
+            {"step": best, "loss": r.metrics.vals[best], "checkpoint": f"step_{best:08d}"},
+        )
+
+
+def draw(r: Run):
+    try:
+        plot_run.plot([r.config.run_dir], r.config.run_dir / "curves.png")
+    except Exception as error:  # a picture is not worth a run
+        print(f"warning: curves.png was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------
+# Evaluation.
+
+
+@torch.inference_mode()
+def validate(r: Run) -> dict:
+    """Loss (nats per token), perplexity and bits per byte of text over the first val_tokens targets.
+
+    The same windows whatever the batch size, the number of devices or the moment."""
+    r.model.eval()
+    nats, targets, text_bytes = 0.0, 0, 0
+    sizes = r.tokenizer.token_bytes()
+    sizes = None if sizes is None else torch.tensor(sizes)
+    for x, y in first_windows(r.val_data, r.config.val_tokens, r.config.batch_size, r.rt.rank, r.rt.world):
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
+        with r.rt.autocast():
+            nats += float(r.model(x.to(r.rt.device), y.to(r.rt.device)))
+        y = y[y != IGNORE]
+        targets += y.numel()
+        text_bytes += 0 if sizes is None else int(sizes[y].sum())
+    nats, targets, text_bytes = r.rt.sum(nats, targets, text_bytes)
+    loss = nats / targets
+    bits = nats / math.log(2) / text_bytes if text_bytes else None
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "targets": int(targets)}
+
+
+def report(row) -> str:
+    bits = f", {row['bits_per_byte']:.4f} bits per byte" if row["bits_per_byte"] else ""
+    return f"loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{bits}"
+
+
+def hellaswag(r: Run) -> dict:
+    with r.rt.autocast():
+        return hellaswag_eval.evaluate(
+            r.model, r.tokenizer, r.examples, device=r.rt.device, rank=r.rt.rank, world=r.rt.world, reduce=r.rt.reduce
+        )
+
+
+def sample(r: Run) -> str:
+    with r.rt.autocast():
+        return inference.sample_text(
+            r.model,
+            r.tokenizer,
+            r.config.sample_prompt,
+            inference.PRESETS["nucleus"],
+            max_new_tokens=64,
+            seed=r.config.seed,
+        )[0]
+
+
+def evaluate_only(c: TrainConfig, rt) -> dict:
+    """--eval_only: every number of one checkpoint, printed and returned."""
+    r = set_up(c, rt)
+    path = rt.from_main(lambda: checkpoint.find_checkpoint(c.checkpoint or c.run_dir))
+    model, tokenizer = checkpoint.load_model(path, rt.device)
+    if tokenizer.fingerprint() != r.tokenizer.fingerprint():
+        raise UserError(f"{path} has another tokenizer than {c.data_dir}; name data made with its own")
+    r.model, r.config = model, replace(c, block_size=model.config.block_size)
+    r.val_data = FineWebDataset(val_directory(c), model.config.block_size, "val", tokenizer.vocab_size)
+    result = {"checkpoint": str(path), **validate(r)}
+    if rt.is_main:
+        print(f"{path}: validation {report(result)}")
+    if r.examples:
+        result |= hellaswag(r)
+        if rt.is_main:
+            print(f"{path}: HellaSwag, completion convention, acc_norm {result['completion_acc_norm']:.4f}")
+    return result
+
+
+# ---------------------------------------------------------------------------------------
+
+
+def train(config: TrainConfig) -> dict:
+    """Trains, or continues, the run that `config` describes, up to its last step.
+
+    Returns its summary: run_dir, step, tokens, val_loss, perplexity, and `signal` if one ended it early."""
+    with ExitStack() as stack:
+        rt = runtime.start(config.device, config.dtype)
+        stack.callback(runtime.stop)
+        wrong = problems(config, rt.world)
+        if wrong:
+            raise UserError("; ".join(wrong))
+        if len({str(asdict(other)) for other in rt.gather(config)}) > 1:
+            raise UserError("the processes of this run were started with different flags")
+        if config.eval_only:
+            return evaluate_only(config, rt)
+        r = set_up(config, rt)
+        if rt.is_main:
+            stack.enter_context(checkpoint.RunLock(config.run_dir))
+        signals = stack.enter_context(runtime.StopSignals())
+        resume(r)
+        r.metrics = Metrics(config.run_dir / "metrics.jsonl", r.step, writes=rt.is_main)
+        stack.callback(r.metrics.close)
+        return run_to_end(r, signals, stack)
+
+
+def run_to_end(r: Run, signals, stack) -> dict:
+    c, rt = r.config, r.rt
+    r.progress = Progress(r.step, c.max_steps, rt.is_main)
+    stack.callback(r.progress.close)
+    summary = {"run_dir": str(c.run_dir), "step": r.step, "tokens": r.tokens, "signal": 0}
+    if r.step >= c.max_steps and not pending(r):
+        r.progress.say(f"{c.run_dir}: already at step {r.step} of {c.max_steps}")
+        return summary | final_values(r)
+    if rt.is_main:
+        describe(r)
+        introduce(r)
+        if c.wandb_project:
+            r.wandb = Wandb(c.wandb_project, c.wandb_run_name, c.run_dir, asdict(c))
+            stack.callback(r.wandb.close)
+    finish_step(r)  # the first validation; or what a restart found undone
+    if train_steps(r, signals):
+        if r.saved_step != r.step:
+            save(r)
+        r.progress.say(
+            f"signal {signals.received}: stopped after step {r.step}, saved in {c.run_dir}; run again to go on"
+        )
+        summary["signal"] = max(rt.gather(signals.received))
+    return summary | {"step": r.step, "tokens": r.tokens} | final_values(r)
+
+
+def pending(r: Run) -> bool:
+    c = r.config
+    return (
+        r.due("val", c.eval_interval)
+        or bool(r.examples and r.due("hellaswag", c.hellaswag_interval))
+        or r.due("sample", c.sample_interval)
+    )
+
+
+def final_values(r: Run) -> dict:
+    if not r.metrics.vals:
+        return {"val_loss": None, "perplexity": None}
+    loss = r.metrics.vals[max(r.metrics.vals)]
+    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+
+def introduce(r: Run):
+    c, rt = r.config, r.rt
+    accumulation = c.total_batch_tokens // (c.batch_size * c.block_size * rt.world)
+    tokens = c.max_steps * c.total_batch_tokens
+    print(f"model      {r.model.num_parameters():,} parameters, {r.tokenizer.vocab_size:,} token vocabulary")
+    print(f"data       {r.train_data.n_tokens:,} tokens in {c.data_dir}; {tokens:,} to train on"
+          f" ({tokens / r.train_data.n_tokens:.2f} epochs)")  # fmt: skip
+    print(f"step       {c.total_batch_tokens:,} tokens = {c.batch_size} x {c.block_size} x {accumulation} micro-steps"
+          f" x {rt.world} device(s)")  # fmt: skip
+    print(f"device     {rt.device}, {rt.dtype}{', compiled' if r.step_model is not r.model and rt.world == 1 else ''}")
+    print(f"run        {c.run_dir}, " + (f"continued at step {r.step}" if r.step else "from the beginning"), flush=True)
+
+
+def parse(argv=None) -> TrainConfig:
+    """The configuration that a command line means: a preset, changed by the flags given."""
+    parser = Parser(description="Pre-train a GPT. Defaults are those of the preset gpt2-124m.")
+    for f in fields(TrainConfig):
+        kind = f.type if isinstance(f.type, type) else f.type.__args__[0]  # int | None -> int
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
+        if f.name == "preset":
+            how["choices"] = PRESETS
+        default = "" if f.default in (None, False) else f" (default: {f.default})"
+        parser.add_argument(f"--{f.name}", default=None, help=f.metadata["help"].replace("%", "%%") + default, **how)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return replace(PRESETS[given.get("preset", "gpt2-124m")], **given)
+
+
+def main(argv=None) -> int:
+    config = parse(argv)
+    try:
+        result = train(config)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
+            "or add --grad_checkpoint. Saved checkpoints are intact"
+        ) from error
+    if result.get("signal"):
+        return 128 + result["signal"]
+    if not config.eval_only and int(os.environ.get("RANK", 0)) == 0:
+        if result["val_loss"] is not None:
+            print(f"\nvalidation loss {result['val_loss']:.4f}, perplexity {result['perplexity']:.2f}")
+        print(f"{result['run_dir']} holds the checkpoints, metrics.jsonl and curves.png")
+        print(f"next: python inference.py --checkpoint {result['run_dir']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -45,8 +45,8 @@ from tracking import Metrics, Progress, Wandb
 # Configuration. Every field is a flag.
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, at_least=None, below=math.inf, choices=None):
+    return field(default=default, metadata=dict(help=text, at_least=at_least, below=below, choices=choices))
 
 
 @dataclass(frozen=True)
@@ -69,32 +69,42 @@ class TrainConfig:
     norm: str = flag("layernorm", "layernorm or rmsnorm")
     rope_theta: float = flag(10000.0, "base of RoPE's wavelengths")
     # optimization
-    max_steps: int = flag(152_587, "optimizer steps")
-    batch_size: int = flag(16, "sequences per micro-batch and device; the flag to lower when memory runs out")
-    total_batch_tokens: int = flag(65_536, "tokens per optimizer step over all devices; sets the accumulation")
-    lr: float = flag(6e-4, "highest learning rate")
-    min_lr: float = flag(6e-5, "learning rate at the last step")
-    warmup_frac: float = flag(0.06, "share of the steps with rising learning rate, [0, 1)")
-    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
-    beta2: float = flag(0.95, "AdamW's decay of squared gradients, [0, 1)")
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping")
+    max_steps: int = flag(152_587, "optimizer steps", at_least=1)
+    batch_size: int = flag(
+        16, "sequences per micro-batch and device; the flag to lower when memory runs out", at_least=1
+    )
+    total_batch_tokens: int = flag(
+        65_536, "tokens per optimizer step over all devices; sets the accumulation", at_least=1
+    )
+    lr: float = flag(6e-4, "highest learning rate", at_least=0)
+    min_lr: float = flag(6e-5, "learning rate at the last step", at_least=0)
+    warmup_frac: float = flag(0.06, "share of the steps with rising learning rate, [0, 1)", at_least=0, below=1)
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only", at_least=0)
+    beta2: float = flag(0.95, "AdamW's decay of squared gradients, [0, 1)", at_least=0, below=1)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     # evaluation and saving; an interval of 0 turns a thing off, and the last step counts as due
-    eval_interval: int = flag(2000, "steps between validations; 0: never")
-    val_tokens: int = flag(5_242_880, "tokens validated on, from the start of the validation shards")
-    hellaswag_interval: int = flag(10_000, "steps between HellaSwag evaluations; 0: never")
+    eval_interval: int = flag(2000, "steps between validations; 0: never", at_least=0)
+    val_tokens: int = flag(5_242_880, "tokens validated on, from the start of the validation shards", at_least=1)
+    hellaswag_interval: int = flag(10_000, "steps between HellaSwag evaluations; 0: never", at_least=0)
     hellaswag_data: str | None = flag(None, "local HellaSwag JSONL; default: downloaded once")
-    hellaswag_limit: int | None = flag(None, "examples used; default: all 10,042")
-    sample_interval: int = flag(10_000, "steps between samples; 0: never")
+    hellaswag_limit: int | None = flag(None, "examples used; default: all 10,042", at_least=1)
+    sample_interval: int = flag(10_000, "steps between samples; 0: never", at_least=0)
     sample_prompt: str = flag("The most important", "text that samples continue")
-    save_interval: int = flag(2000, "steps between checkpoints; 0: only the last")
-    keep_last: int = flag(2, "newest checkpoints kept, besides the best")
+    save_interval: int = flag(2000, "steps between checkpoints; 0: only the last", at_least=0)
+    keep_last: int = flag(2, "newest checkpoints kept, besides the best", at_least=1)
     # the run
     resume: str = flag("auto", "auto: continue the run if it exists; never: refuse if it does; PATH: from that one")
     seed: int = flag(1337, "of weights, data order and dropout")
     no_shuffle: bool = flag(False, "read the data in its stored order")
     device: str = flag("auto", "cuda, mps, cpu, or auto: the first of them there is")
-    dtype: str = flag("auto", "of matrix products: float32, bfloat16, float16, or auto: what the device is best at")
-    compile: str = flag("auto", "torch.compile the training step: auto (on CUDA), on, off")
+    dtype: str = flag(
+        "auto",
+        "of matrix products: float32, bfloat16, float16, or auto: what the device is best at",
+        choices=("auto", *runtime.DTYPES),
+    )
+    compile: str = flag(
+        "auto", "torch.compile the training step: auto (on CUDA), on, off", choices=("auto", "on", "off")
+    )
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, about a third slower")
     eval_only: bool = flag(False, "evaluate --checkpoint, or the run's newest, and stop")
     checkpoint: str | None = flag(None, "with --eval_only: a run's directory or one checkpoint")
@@ -109,6 +119,11 @@ class TrainConfig:
     def global_batch(self) -> int:
         """Sequences per optimizer step."""
         return self.total_batch_tokens // self.block_size
+
+    def model_config(self, valid_vocab_size) -> GPTConfig:
+        """The model's part, with embedding rows padded to a multiple of 64."""
+        own = {f.name: getattr(self, f.name) for f in fields(GPTConfig) if hasattr(self, f.name)}
+        return GPTConfig(vocab_size=-(-valid_vocab_size // 64) * 64, valid_vocab_size=valid_vocab_size, **own)
 
 
 PRESETS = {
@@ -139,33 +154,17 @@ PRESETS = {
 
 def problems(c: TrainConfig, world=1) -> list[str]:
     """Everything wrong with the arguments, a line each, before any work; [] if nothing."""
-    found = GPTConfig(1 if c.block_size < 1 else c.block_size, 64, 64, c.n_layer, c.n_head, c.n_embd, c.dropout,
-                      c.bias, c.norm, c.rope_theta).problems()  # fmt: skip
-    for name in ("block_size", "max_steps", "batch_size", "total_batch_tokens", "val_tokens", "keep_last"):
-        if getattr(c, name) < 1:
-            found.append(f"{name} is {getattr(c, name)}; it must be at least 1")
-    for name in (
-        "eval_interval",
-        "hellaswag_interval",
-        "sample_interval",
-        "save_interval",
-        "weight_decay",
-        "grad_clip",
-    ):
-        if not 0 <= getattr(c, name) < math.inf:
-            found.append(f"{name} is {getattr(c, name)}; it must be at least 0")
-    for name in ("warmup_frac", "beta2"):
-        if not 0 <= getattr(c, name) < 1:
-            found.append(f"{name} is {getattr(c, name)}; it must be in [0, 1)")
-    if not 0 < c.lr < math.inf:
-        found.append(f"lr is {c.lr}; it must be positive")
-    if not 0 <= c.min_lr <= c.lr:
-        found.append(f"min_lr is {c.min_lr}; it must be between 0 and lr ({c.lr})")
-    if c.hellaswag_limit is not None and c.hellaswag_limit < 1:
-        found.append(f"hellaswag_limit is {c.hellaswag_limit}; it must be at least 1")
-    for name, allowed in (("compile", ("auto", "on", "off")), ("dtype", ("auto", *runtime.DTYPES))):
-        if getattr(c, name) not in allowed:
-            found.append(f"{name} is {getattr(c, name)!r}; it must be one of {', '.join(allowed)}")
+    found = c.model_config(1).problems()
+    for f in fields(c):
+        value, low, below, choices = getattr(c, f.name), *(f.metadata[k] for k in ("at_least", "below", "choices"))
+        if choices and value not in choices:
+            found.append(f"{f.name} is {value!r}; it must be one of {', '.join(choices)}")
+        if low is not None and value is not None and not low <= value < below:  # NaN too
+            found.append(
+                f"{f.name} is {value}; it must be at least {low}" + (f" and below {below}" if below < math.inf else "")
+            )
+    if not c.min_lr <= c.lr:
+        found.append(f"min_lr is {c.min_lr}; it must not exceed lr ({c.lr})")
     tokens = c.batch_size * c.block_size * world
     if tokens > 0 and c.total_batch_tokens % tokens:
         share = f"batch_size {c.batch_size} x block_size {c.block_size} x {world} device(s) = {tokens:,}"
@@ -259,21 +258,7 @@ def set_up(c: TrainConfig, rt) -> Run:
     if c.hellaswag_data if c.eval_only else c.hellaswag_interval:
         examples = rt.from_main(lambda: hellaswag_eval.load_examples(c.hellaswag_data, c.hellaswag_limit))
     torch.manual_seed(c.seed)
-    valid = tokenizer.vocab_size
-    model = GPT(
-        GPTConfig(
-            c.block_size,
-            -(-valid // 64) * 64,
-            valid,
-            c.n_layer,
-            c.n_head,
-            c.n_embd,
-            c.dropout,
-            c.bias,
-            c.norm,
-            c.rope_theta,
-        )
-    ).to(rt.device)
+    model = GPT(c.model_config(tokenizer.vocab_size)).to(rt.device)
     model.grad_checkpoint = c.grad_checkpoint
     optimizer = torch.optim.AdamW(
         model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"

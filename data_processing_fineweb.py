@@ -54,6 +54,8 @@ def open_shard(path: Path) -> Shard:
             shape, dtype, offset = (read_llmc_header if path.suffix == ".bin" else read_npy_header)(path, f)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not all(0 <= n < 2**63 for n in shape):
+        raise UserError(f"{path}: its header announces a number of tokens that no file holds")
     if len(shape) != 1:
         raise UserError(f"{path}: found a {len(shape)}-D array of shape {shape}, expected one dimension")
     expected = offset + shape[0] * np.dtype(dtype).itemsize
@@ -78,7 +80,9 @@ def read_npy_header(path, f):
     except KeyError as error:
         raise UserError(f"{path}: .npy version {version}, expected 1.0 or 2.0") from error
     except Exception as error:  # numpy raises ValueError, SyntaxError, EOFError, ... for damaged headers
-        raise UserError(f"{path}: the .npy header is damaged ({str(error).splitlines()[0][:100]})") from error
+        raise UserError(
+            f"{path}: the .npy header is damaged ({(str(error) or type(error).__name__).splitlines()[0][:100]})"
+        ) from error
     if dtype.str not in ("<u2", "<u4"):
         raise UserError(f"{path}: found an array of {dtype} ({dtype.str}), expected little-endian uint16 or uint32")
     return shape, dtype.str, f.tell()
@@ -98,6 +102,8 @@ class ShardWriter:
     def __init__(self, directory, vocab_size, shard_tokens, prefix="shard"):
         self.directory, self.prefix, self.vocab_size = Path(directory), prefix, vocab_size
         self.directory.mkdir(parents=True, exist_ok=True)
+        if shard_tokens < 1:
+            raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
         self.buffer = np.empty(shard_tokens, dtype="<u2" if vocab_size <= 2**16 else "<u4")
         self.filled = self.text_bytes = self.tokens = 0
         self.shards = []
@@ -105,6 +111,8 @@ class ShardWriter:
     def add(self, ids, text_bytes):
         """Appends one document's ids; its `text_bytes` count to the shard in which it begins."""
         ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"token ids must be integers, not {ids.dtype}")
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"token id outside [0, {self.vocab_size}): {ids.min()} to {ids.max()}")
         self.text_bytes += text_bytes
@@ -140,8 +148,8 @@ class ShardWriter:
 
 
 def natural(path):
-    """Sort key under which shard_2 comes before shard_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    """Sort key under which shard_2 comes before shard_10, and shard_01 before shard_1."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)], path.name
 
 
 def find_shards(directory, split) -> tuple[list[Shard], dict]:
@@ -174,7 +182,7 @@ def open_manifest(directory, manifest):
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{where}: format version {manifest['format_version']}, expected {FORMAT_VERSION}")
         entries = [(str(e["name"]), int(e["tokens"]), str(e["dtype"]), str(e["sha256"])) for e in manifest["shards"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: not a manifest of token shards (missing or wrong: {error})") from error
@@ -182,8 +190,8 @@ def open_manifest(directory, manifest):
         raise UserError(f"{where}: lists no shards")
     shards = []
     for name, tokens, dtype, _ in entries:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise UserError(f"{where}: shard name {name!r} leaves the folder")
+        if not re.fullmatch(r"[\w-][\w .+-]*", name, re.ASCII):
+            raise UserError(f"{where}: shard name {name!r} is not a plain file name")
         shard = open_shard(directory / name)
         if (shard.tokens, shard.dtype) != (tokens, dtype):
             found = f"{shard.tokens:,} tokens of {shard.dtype}"
@@ -289,6 +297,8 @@ class FineWebDataset:
         memory does not grow to the size of the data over an epoch."""
         shard = self.shards[i]
         if i not in self.maps:
+            if open_shard(shard.path) != shard:  # it may have changed since it was opened
+                raise UserError(f"{shard.path}: changed while it was in use; start again")
             with open(shard.path, "rb") as f:
                 self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self.unreleased += 16 * mmap.PAGESIZE  # what the kernel maps around one fault
@@ -424,6 +434,8 @@ class FineWebBatchIterator:
         return self
 
     def __next__(self):
+        if self.stopped.is_set():
+            raise StopIteration
         item = self.ready.get()
         if isinstance(item, BaseException):
             self.close()

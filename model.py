@@ -39,15 +39,12 @@ class GPTConfig:
     def problems(self) -> list[str]:
         """Every reason why no model can be built from this, one line each; [] if it can."""
         found = []
-        sizes = ["block_size", "vocab_size", "valid_vocab_size", "n_layer", "n_head", "n_embd"]
-        for name in sizes:
+        for name in ("block_size", "vocab_size", "valid_vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 found.append(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if found:
-            return found
-        if self.n_embd % self.n_head:
+        if self.n_head >= 1 and self.n_embd % self.n_head:
             found.append(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}")
-        elif self.n_embd // self.n_head % 2:
+        elif self.n_head >= 1 and self.n_embd // self.n_head % 2:
             head = self.n_embd // self.n_head
             found.append(f"a head has {head} channels (n_embd / n_head); RoPE needs an even number")
         if self.valid_vocab_size > self.vocab_size:
@@ -205,8 +202,11 @@ class KVCache:
         self.length = 0
 
     def append(self, layer, k, v):
-        """Stores (B, H, T, D) of one layer behind the past; returns past and new, (B, H, past + T, D)."""
+        """Stores (B, H, T, D) of one layer behind the past; returns past and new, (B, H, past + T, D).
+        ValueError where they exceed the capacity."""
         end = self.length + k.size(2)
+        if end > self.k.size(3):
+            raise ValueError(f"{end} tokens exceed the cache's capacity of {self.k.size(3)}")
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
@@ -243,7 +243,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + LOSS_ROWS)
             x_rows, target = x[rows].to(dtype), targets[rows, None]
             chosen = target != IGNORE
-            target = target.clamp(min=0)
+            target = target.masked_fill(~chosen, 0)  # any id will do where the product with `chosen` is 0
             logits = (x_rows @ w.t()).float()
             logits[:, valid:] = -math.inf
             log_p = F.log_softmax(logits, -1)
@@ -289,6 +289,8 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
         nn.init.normal_(self.wte.weight, std=0.25 / math.sqrt(self.config.n_embd))
 
     def features(self, idx, positions=None, mask=None, cache=None):
@@ -307,7 +309,7 @@ class GPT(nn.Module):
             mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         x = F.dropout(self.wte(idx), self.config.dropout, self.training)
         for block in self.h:
-            if self.grad_checkpoint and self.training:
+            if self.grad_checkpoint and self.training and cache is None:
                 x = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
             else:
                 x = block(x, cos, sin, mask, cache)

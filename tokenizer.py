@@ -31,6 +31,7 @@ class TextTokenizer:
         if not present:
             raise UserError(f"{name}: no end-of-text token; expected one of {', '.join(END_OF_TEXT)}")
         self.eot_token = backend.token_to_id(present[0])
+        backend.add_special_tokens([AddedToken(present[0], special=True, normalized=False)])  # if the file forgot to
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -86,21 +87,21 @@ def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:
     A folder holds tokenizer.json, or GPT-2's vocab.json and merges.txt. From the hub (fetched
     once, then served from its cache) comes tokenizer.json. Raises UserError.
     """
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), Path(name_or_path).name
+    if os.path.isfile(path / FILE):  # os.path's tests are False, not errors, for a name no file can have
+        path = path / FILE
+    elif os.path.isdir(path) and not all((path / f).is_file() for f in GPT2_FILES):
+        raise UserError(f"{path}: found neither {FILE} nor {' and '.join(GPT2_FILES)} in it")
+    elif not os.path.exists(path):
+        path, name = Path(download(str(name_or_path))), str(name_or_path)
     try:
-        if path.is_file():
-            return TextTokenizer(Tokenizer.from_file(str(path)), path.name)
-        if (path / FILE).is_file():
-            return TextTokenizer(Tokenizer.from_file(str(path / FILE)), path.name)
-        if all((path / f).is_file() for f in GPT2_FILES):
+        if path.is_dir():
             return TextTokenizer(byte_level_bpe(*(str(path / f) for f in GPT2_FILES)), "gpt2")
+        return TextTokenizer(Tokenizer.from_file(str(path)), name)
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exceptions for malformed files
         raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
-    if path.is_dir():
-        raise UserError(f"{path}: found neither {FILE} nor {' and '.join(GPT2_FILES)} in it")
-    return TextTokenizer(Tokenizer.from_file(download(str(name_or_path))), str(name_or_path))
 
 
 def download(name: str) -> str:
@@ -126,6 +127,9 @@ def download(name: str) -> str:
 def byte_level_bpe(vocab: str, merges: str) -> Tokenizer:
     """GPT-2's tokenizer from its two original files (Radford et al. 2019)."""
     backend = Tokenizer(models.BPE.from_file(vocab, merges))
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - backend.get_vocab().keys()
+    if missing:
+        raise UserError(f"{vocab}: lacks {len(missing)} of the 256 bytes, so it is not GPT-2's kind of vocabulary")
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END_OF_TEXT[0], special=True)])

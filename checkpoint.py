@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from errors import Parser, UserError, run
 from files import read_json, sha256, sync_directory, write_json
 from model import GPT, GPTConfig
+from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
 
 MANIFEST = "MANIFEST.json"
 MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
+NEEDED = (MODEL, CONFIG, TOKENIZER)  # to sample and to evaluate
 DEFAULT_DIR = "checkpoints"
 LEFTOVER = ".unfinished_"  # prefix of directories that are being written or deleted
 
@@ -114,15 +116,15 @@ def steps(run_dir) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def verify(path):
-    """UserError naming the first file of a checkpoint that is missing or is not what its manifest says."""
+def verify(path, names=None):
+    """UserError naming the first file of a checkpoint, or of those `names`, that is missing or not what was saved."""
     path = Path(path)
     listed = read_json(path / MANIFEST).get("files")
-    needed = {MODEL, OPTIMIZER, CONFIG, STATE, "tokenizer.json"}
+    needed = {*NEEDED, OPTIMIZER, STATE}
     if not isinstance(listed, dict) or not needed <= listed.keys():
         raise UserError(f"{path / MANIFEST}: does not list {', '.join(sorted(needed))}")
-    for name, facts in listed.items():
-        file = path / name
+    for name in names or listed:
+        file, facts = path / name, listed[name]
         if Path(name).name != name or not file.is_file():
             raise UserError(f"{file}: listed in {MANIFEST}, but not there")
         if file.stat().st_size != facts["size"]:
@@ -131,14 +133,14 @@ def verify(path):
             raise UserError(f"{file}: its content is not what was saved (sha256 differs)")
 
 
-def newest(run_dir) -> Path | None:
-    """The newest checkpoint of a run that verifies; None if it has none at all.
+def newest(run_dir, names=None) -> Path | None:
+    """The newest checkpoint of a run that verifies (or whose files `names` do); None if it has none at all.
 
     A bad one is skipped, by name, on stderr. UserError where all are bad: starting from scratch must be said."""
     found = steps(run_dir)
     for path in found:
         try:
-            verify(path)
+            verify(path, names)
             return path
         except UserError as error:
             print(f"checkpoint skipped: {error}", file=sys.stderr)
@@ -148,7 +150,8 @@ def newest(run_dir) -> Path | None:
 
 
 def find_checkpoint(path=None) -> Path:
-    """The checkpoint that `path` means: itself, a run's newest, or, for None, the newest under checkpoints/."""
+    """The checkpoint that `path` means: itself, a run's newest, or, for None, the newest under checkpoints/.
+    Only what sampling and evaluating need of it is read and verified, not the optimizer's state."""
     if path is None:
         runs = [p for p in Path(DEFAULT_DIR).glob("*") if steps(p)]
         if not runs:
@@ -158,9 +161,9 @@ def find_checkpoint(path=None) -> Path:
         path = max(runs, key=lambda run: steps(run)[0].stat().st_mtime)
     path = Path(path)
     if (path / MANIFEST).is_file():
-        verify(path)
+        verify(path, NEEDED)
         return path
-    if path.is_dir() and (found := newest(path)):
+    if path.is_dir() and (found := newest(path, NEEDED)):
         return found
     raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or one of its step_* checkpoints")
 

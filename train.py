@@ -310,7 +310,9 @@ def find_start(c: TrainConfig) -> Path | None:
     if c.resume == "auto":
         return checkpoint.newest(c.run_dir)
     if c.resume != "never":
-        return checkpoint.find_checkpoint(c.resume)
+        found = checkpoint.find_checkpoint(c.resume)
+        checkpoint.verify(found)
+        return found
     if checkpoint.steps(c.run_dir):
         raise UserError(f"{c.run_dir} already holds a run, and --resume is never; give a new --run_name")
     return None

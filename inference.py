@@ -1,0 +1,455 @@
+"""Text from a trained model: sampling functions, generation with a cache, presets and the command line.
+
+Notable: each sampling rule is a function of a few lines on logits (B, V), applied in the order in
+which they are written below; a sample is drawn with its own random stream, so it does not depend on
+how many are drawn beside it and training's stream is never touched; all samples of a prompt share
+one prefill; and text is shown as soon as, but never before, no later token can change it.
+
+Shapes: B samples, T tokens, C channels, V ids that the tokenizer can produce.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import select
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from checkpoint import find_checkpoint, load_model
+from errors import Parser, UserError, run
+from model import KVCache
+from runtime import autocast, pick_device, pick_dtype
+
+DEFAULT_PROMPT = "The most important"
+GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
+NUCLEUS_GUESS = 1024  # tokens that nearly always hold the nucleus; sorting 50,257 takes 8 times as long
+UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
+WINDOW = 4  # tokens that decide how the next one decodes: a character has at most 4 bytes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults draw from the model's own distribution."""
+
+    temperature: float = 1.0  # 0 is greedy: always the most probable token
+    top_k: int = 0  # candidates kept, 0 is off
+    top_p: float = 1.0  # probability kept, 1 is off
+    min_p: float = 0.0  # least probability kept, as a fraction of the best token's, 0 is off
+    repetition_penalty: float = 1.0  # above 1, tokens already seen become less likely; 1 is off
+
+    def problems(self) -> list[str]:
+        """Every value that has no meaning, one line each; NaN fails each comparison and so is caught."""
+        rules = {
+            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
+            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+        }
+        wrong = {name: need for name, (good, need) in rules.items() if not good}
+        return [f"{name} is {getattr(self, name)}; it must be {need}" for name, need in wrong.items()]
+
+    def __str__(self):
+        on = {k: v for k, v in asdict(self).items() if k == "temperature" or v != getattr(Sampling, k)}
+        return ", ".join(f"{k} {v:g}" for k, v in on.items())
+
+
+PRESETS = {
+    "conservative": Sampling(temperature=0.6, top_k=40),
+    "nucleus": Sampling(temperature=0.8, top_p=0.9),
+    "greedy": Sampling(temperature=0.0),
+}
+
+# ---------------------------------------------------------------------------------------
+# Sampling. Each function takes logits (B, V) in float32 and returns such logits; a token
+# that is ruled out has -inf.
+
+
+def penalize(logits, seen, penalty):
+    """Makes tokens that are `seen` (B, V) less likely (CTRL, Keskar et al. 2019).
+
+    A positive logit is divided and a negative one multiplied, so both go down for a penalty above 1.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits, k):
+    """The k best tokens, and those equal to the last of them; k is clamped to V (Fan et al. 2018)."""
+    worst_kept = logits.topk(min(k, logits.size(-1))).values[:, -1:]
+    return logits.masked_fill(logits < worst_kept, -math.inf)
+
+
+def keep_top_p(logits, p):
+    """The nucleus: the smallest set of tokens whose probability reaches p (Holtzman et al. 2019)."""
+    probabilities = logits.softmax(-1)
+    for candidates in (min(NUCLEUS_GUESS, logits.size(-1)), logits.size(-1)):
+        best, ids = probabilities.topk(candidates)  # in descending order
+        if best.sum(-1).min() >= p:
+            break
+    inside = best.cumsum(-1) - best < p  # what comes before falls short of p; nothing comes before the best
+    keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, inside)
+    return logits.masked_fill(~keep, -math.inf)
+
+
+def keep_min_p(logits, min_p):
+    """The tokens with at least min_p times the probability of the best one (Nguyen et al. 2024)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
+
+
+def draw(logits, u):
+    """One id per row by inverse CDF: the first whose cumulative probability exceeds u (B,), in [0, 1).
+
+    Summed on the CPU, in order and in float64: there the sum never decreases, so a token without
+    probability cannot be drawn, and every device draws alike. Returns (B,) on the CPU.
+    """
+    cdf = logits.softmax(-1).cpu().double().cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+
+
+def choose(logits, sampling, seen, u):
+    """The next id of each row, (B,) on the CPU. logits (B, V) in any precision, seen (B, V), u (B,).
+
+    Raises UserError where the logits are NaN or infinite.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+    best = logits.amax(-1, keepdim=True)
+    if not best.isfinite().all():  # NaN anywhere is the maximum too
+        raise UserError("the logits are not finite: a damaged checkpoint, or too extreme a repetition penalty")
+    if sampling.temperature < GREEDY_BELOW:
+        return logits.argmax(-1).cpu()
+    logits = (logits - best) / sampling.temperature  # the best is at 0 now, so nothing overflows
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p:
+        logits = keep_min_p(logits, sampling.min_p)
+    return draw(logits, u)
+
+
+# ---------------------------------------------------------------------------------------
+# Generation.
+
+
+def random_stream(seed, sample):
+    """The random stream of one sample. Hashed, because torch seeds its CPU generator with 32 bits
+    only, and with seed + sample the second sample of seed 0 would be the first of seed 1."""
+    digest = hashlib.sha256(f"{seed} {sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+def new_cache(model, capacity):
+    """A one-row cache in the precision in which attention will run: autocast's, or the weights'."""
+    weight = model.wte.weight
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return KVCache(model.config, 1, capacity, weight.device, dtype)
+
+
+@torch.inference_mode()  # torch enters it anew for each step: the caller's code in between is outside
+def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, stop_token=None):
+    """Yields, step by step, the next id of each sample: [int] * num_samples, None once it has ended.
+
+    `tokens` is the prompt, at most block_size ids; `stop_token` (end of text) ends a sample and stands
+    for an empty prompt. A full context goes on from its last half, encoded again at the first positions.
+    Sample i depends on (seed, i) alone, but for the rounding of products of another batch size.
+    Raises ValueError for a prompt that is too long, or empty without stop_token, or a bad `sampling`.
+    """
+    tokens = list(tokens) or [stop_token]
+    if sampling.problems() or tokens == [None]:
+        raise ValueError("; ".join(sampling.problems()) or "no token to start from")
+    config, device, was_training = model.config, model.wte.weight.device, model.training
+    streams = [random_stream(seed, i) for i in range(num_samples)]
+    seen = torch.zeros(num_samples, config.valid_vocab_size, dtype=torch.bool, device=device)
+    seen[:, tokens] = True
+    contexts, alive = [tokens.copy() for _ in range(num_samples)], [True] * num_samples
+    cache, feed = new_cache(model, min(config.block_size, len(tokens) + max_new_tokens)), [tokens]
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            x = model.features(torch.tensor(feed, device=device), cache=cache)  # (1, T, C), later (B, 1, C)
+            logits = model.logits(x[:, -1])  # (B, V)
+            if step == 0:  # one prefill for all
+                cache.repeat(num_samples)
+                logits = logits.expand(num_samples, -1)
+            u = torch.stack([torch.rand((), generator=s, dtype=torch.float64) for s in streams])
+            ids = choose(logits, sampling, seen, u)
+            seen.scatter_(1, ids[:, None].to(device), True)
+            for context, token in zip(contexts, ids.tolist()):
+                context.append(token)
+            yield [c[-1] if a else None for c, a in zip(contexts, alive)]
+            alive = [a and c[-1] != stop_token for c, a in zip(contexts, alive)]
+            if not any(alive):
+                return
+            fresh = 1
+            if cache.length == config.block_size:  # full: start over from the last half
+                cache.length, fresh = 0, max(1, config.block_size // 2)
+            feed = [c[-fresh:] for c in contexts]
+    finally:
+        model.train(was_training)
+
+
+# ---------------------------------------------------------------------------------------
+# Ids to text, as they come.
+
+
+class TokenDecoder:
+    """Text of a growing list of ids, each character given out once it is complete.
+
+    Byte-level BPE may split a character over tokens. Cut bytes decode to one U+FFFD at the end, which
+    is held back until the bytes that follow decide what it is. Only the last WINDOW ids are decoded
+    anew, so a token costs the same however long the text is: UTF-8 shows where a character begins,
+    hence what has to be known of the past lies in its last 3 bytes.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.window = tokenizer, []
+        self.given = 0  # characters of the window's text that are out
+
+    def push(self, token: int) -> str:
+        """The characters that this id completes; '' if none."""
+        text, end = self.decode([*self.window, token])
+        piece = text[self.given : end]
+        self.window = [*self.window, token][-WINDOW:]
+        self.given = self.decode(self.window)[1]
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD if the text ends within a character, else ''."""
+        return self.decode(self.window)[0][self.given :]
+
+    def decode(self, ids):
+        """Text, and how many of its characters no further id can change."""
+        text = self.tokenizer.decode(ids)
+        return text, len(text) - text.endswith(UNFINISHED)
+
+
+class Sample:
+    """One sample as it grows: ids in, text out, until end of text, a stop string or the length ends it."""
+
+    def __init__(self, tokenizer, stops=()):
+        self.decoder, self.eot_token, self.stops = TokenDecoder(tokenizer), tokenizer.eot_token, stops
+        self.held = ""  # text that may turn out to be the beginning of a stop string
+        self.text, self.tokens = "", 0  # tokens: ids drawn, without the end of text
+        self.finish_reason = None  # "end_of_text", "stop" or "length"
+
+    def push(self, token: int) -> str:
+        """Takes the next id; returns the text that is now certain."""
+        if token == self.eot_token:
+            return self.finish("end_of_text")
+        self.tokens += 1
+        return self.add(self.decoder.push(token))
+
+    def finish(self, reason: str) -> str:
+        """Ends the sample; returns what was held back, which nothing can turn into a stop string now."""
+        piece = self.add(self.decoder.finish())
+        if self.finish_reason is None:
+            piece, self.text, self.finish_reason = piece + self.held, self.text + self.held, reason
+        return piece
+
+    def add(self, piece):
+        """The text up to the stop string that is complete first, or to where one may be beginning."""
+        text, self.held = self.held + piece, ""
+        complete = [(text.find(s) + len(s), text.find(s)) for s in self.stops if s in text]  # (end, start)
+        if complete:
+            self.finish_reason, text = "stop", text[: min(complete)[1]]
+        else:
+            beginnings = (s[:n] for s in self.stops for n in range(1, len(s)))
+            cut = len(text) - max((len(b) for b in beginnings if text.endswith(b)), default=0)
+            text, self.held = text[:cut], text[cut:]
+        self.text += text
+        return text
+
+
+def grow(samples, model, tokens, sampling, max_new_tokens, seed):
+    """Generates until each of the samples is finished; yields each step's new text, [str] * len(samples)."""
+    ids = generate(model, tokens, sampling, max_new_tokens, len(samples), seed, samples[0].eot_token)
+    with contextlib.closing(ids):  # stop strings may end it early: the model gets its mode back at once
+        for step in ids:
+            yield [s.push(token) if s.finish_reason is None else "" for s, token in zip(samples, step)]
+            if all(s.finish_reason for s in samples):
+                return
+    yield [s.finish("length") if s.finish_reason is None else "" for s in samples]
+
+
+def sample_text(model, tokenizer, prompt, sampling, max_new_tokens, num_samples=1, seed=0) -> list[str]:
+    """Continuations of the prompt, without the prompt itself. Leaves the model's mode and torch's
+    random stream as they were. Raises ValueError where the prompt exceeds block_size tokens."""
+    samples = [Sample(tokenizer) for _ in range(num_samples)]
+    for _ in grow(samples, model, tokenizer.encode(prompt), sampling, max_new_tokens, seed):
+        pass
+    return [s.text for s in samples]
+
+
+# ---------------------------------------------------------------------------------------
+# Command line.
+
+
+def parse_args(argv):
+    """The flags. Sampling flags are None unless given, so that each overrides the preset only then."""
+    parser = Parser(description="Continue a prompt with a trained model. Text to stdout, statistics to stderr.")
+    add, own = parser.add_argument, "(default: the preset's)"
+    presets = "; ".join(f"{name}: {sampling}" for name, sampling in PRESETS.items())
+    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
+    add("--preset", choices=[*PRESETS, "all"], default="all", help=f"{presets} (default: all, one after the other)")
+    add("--temperature", type=float, metavar="X", help=f"divides the logits; 0 is greedy {own}")
+    add("--top_k", type=int, metavar="N", help=f"tokens to draw from, the best N; 0 is off {own}")
+    add("--top_p", type=float, metavar="P", help=f"probability to draw from, 0 < P <= 1; 1 is off {own}")
+    add("--min_p", type=float, metavar="P", help=f"least fraction of the best token's probability; 0 is off {own}")
+    add("--repetition_penalty", type=float, metavar="X", help=f"above 1, seen tokens are less likely; 1 is off {own}")
+    add("--max_new_tokens", type=int, default=200, metavar="N", help="tokens per sample, at most (default: 200)")
+    add("--num_samples", type=int, default=1, metavar="N", help="samples per preset; one is streamed (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same text; any integer (default: 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable (default: none)")
+    add("--prompt", metavar="TEXT", help=f"text to continue; '' starts a new one (default: {DEFAULT_PROMPT!r})")
+    stdin = "- waits for stdin (default: stdin if text stands ready there: a file, or a pipe already written to)"
+    add("--prompt_file", metavar="FILE", help=f"UTF-8 text to continue, less one newline at its end; {stdin}")
+    add("--interactive", action="store_true", help="continue each line typed, until end of input (default: off)")
+    add("--json", action="store_true", help="one JSON object a sample, tokens counted (default: prompt and text)")
+    add("--truncate_left", action="store_true", help="cut a prompt of too many tokens on its left (default: an error)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
+    choices, bf16 = ["auto", "float32", "bfloat16"], "auto, what the hardware is best at"
+    add("--dtype", choices=choices, default="auto", help=f"of products; weights stay float32 (default: {bf16})")
+    return parser.parse_args(argv)
+
+
+def read_text(source):
+    """A whole UTF-8 file, or stdin for "-", less the newline that editors and `echo` put at its end."""
+    try:
+        with open(0 if source == "-" else source, encoding="utf-8-sig", closefd=source != "-") as file:
+            return file.read().removesuffix("\n")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the name
+        raise UserError(f"prompt file {source}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def text_waiting():
+    """Text that stands ready on stdin, or ''. Never waits for some to arrive: a scheduler or CI may
+    have left us a pipe that nobody will ever write to or close."""
+    try:
+        ready = not os.isatty(0) and select.select([0], [], [], 0)[0]
+    except OSError:  # no stdin at all, or Windows, where a pipe cannot be asked
+        return ""
+    return read_text("-") if ready else ""
+
+
+def read_prompt(args):
+    """The text to continue; None where it will be typed. Nothing but white space on stdin is no prompt."""
+    if args.interactive:
+        return None
+    if args.prompt_file is not None:
+        return read_text(args.prompt_file)
+    if args.prompt is not None:
+        return args.prompt
+    text = text_waiting()
+    return text if text.strip() else DEFAULT_PROMPT
+
+
+def resolve(args):
+    """(presets by name, prompt, device, dtype of products); or one UserError with everything that is wrong."""
+    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if getattr(args, f.name) is not None}
+    problems = [f"--{problem}" for problem in Sampling(**given).problems()]
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(args, name) < 1:
+            problems.append(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if "" in args.stop:
+        problems.append("--stop is empty; it must hold text")
+    prompts = [f"--{n}" for n in ("prompt", "prompt_file", "interactive") if getattr(args, n) not in (None, False)]
+    if len(prompts) > 1:
+        problems.append(f"{' and '.join(prompts)} exclude each other")
+    found = []
+    for find in (lambda: pick_device(args.device), lambda: read_prompt(args)):
+        try:
+            found.append(find())
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
+    device, prompt = found
+    dtype = pick_dtype(args.dtype, device)
+    names = PRESETS if args.preset == "all" else [args.preset]
+    return {name: replace(PRESETS[name], **given) for name in names}, prompt, device, dtype
+
+
+def write(text):
+    """To stdout at once, as UTF-8; flushing is also what notices that the reader of a pipe has left."""
+    print(text, end="", flush=True)
+
+
+def fit(tokens, limit, truncate_left):
+    """The prompt's ids if the context holds them, or their last `limit`. Raises UserError."""
+    cut = len(tokens) - limit
+    if cut <= 0:
+        return tokens
+    if not truncate_left:
+        raise UserError(f"the prompt has {len(tokens)} tokens, the context {limit}; --truncate_left cuts its beginning")
+    print(f"the first {cut} of the prompt's {len(tokens)} tokens are cut", file=sys.stderr)
+    return tokens[cut:]
+
+
+def complete(model, tokenizer, prompt, presets, args):
+    """Continues one prompt under each preset, and prints. Raises UserError for a prompt that is too long."""
+    tokens = fit(tokenizer.encode(prompt), model.config.block_size, args.truncate_left)
+    many = args.num_samples > 1
+    streamed, titled = not (many or args.json), not args.json and (many or len(presets) > 1)
+    before = "" if args.interactive else prompt  # a typed line is already on the screen
+    for name, sampling in presets.items():
+        write((f"=== {name} ({sampling}) ===\n" if titled else "") + (before if streamed else ""))
+        samples = [Sample(tokenizer, args.stop) for _ in range(args.num_samples)]
+        start, first = time.perf_counter(), None
+        for pieces in grow(samples, model, tokens, sampling, args.max_new_tokens, args.seed):
+            first = first or time.perf_counter() - start
+            write(pieces[0] if streamed else "")
+        seconds = time.perf_counter() - start
+        write("\n" if streamed else "")
+        for i, sample in enumerate(samples):
+            if args.json:
+                row = {"preset": name, "sample": i, "seed": args.seed, "prompt": prompt, "text": sample.text}
+                row |= {"tokens": sample.tokens, "finish_reason": sample.finish_reason}
+                write(json.dumps(row | {"tokens_per_second": round(sample.tokens / seconds, 1)}) + "\n")
+            elif many:
+                write(f"--- sample {i + 1} of {len(samples)} ---\n{before}{sample.text}\n")
+        count = sum(s.tokens for s in samples)
+        rate = f"{count} tokens, {count / seconds:.1f} tokens/s, first after {first * 1000:.0f} ms"
+        print(f"{name}: {rate}", file=sys.stderr)
+
+
+def converse(model, tokenizer, presets, args):
+    """Continues each line typed, on its own, until end of input."""
+    while True:
+        try:
+            complete(model, tokenizer, input("" if args.json else "> "), presets, args)
+        except EOFError:
+            return write("" if args.json else "\n")
+        except UserError as error:  # one bad line is no reason to load the model anew
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main(argv=None):
+    """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
+    args = parse_args(argv)
+    presets, prompt, device, dtype = resolve(args)
+    for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
+        with contextlib.suppress(AttributeError):  # a notebook's streams are none of the system's
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    path = find_checkpoint(args.checkpoint)
+    model, tokenizer = load_model(path, device)
+    print(f"checkpoint {path.parent.name}/{path.name} on {device}", file=sys.stderr)
+    try:
+        with autocast(device, dtype):
+            if args.interactive:
+                converse(model, tokenizer, presets, args)
+            else:
+                complete(model, tokenizer, prompt, presets, args)
+    except torch.OutOfMemoryError as error:
+        raise UserError("out of memory on the device; lower --num_samples or --max_new_tokens") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

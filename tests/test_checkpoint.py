@@ -1,0 +1,223 @@
+"""Checkpoints: whole or not there, verified, and nothing in them can run code or surprise the loader."""
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from errors import UserError
+from files import read_json
+from model import GPT, GPTConfig
+
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(
+        GPTConfig(block_size=8, vocab_size=576, valid_vocab_size=512, n_layer=1, n_head=1, n_embd=8, dropout=0.0)
+    )
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=True)
+    return model, optimizer
+
+
+def one_step(model, optimizer):
+    ids = torch.arange(8)[None]
+    model(ids, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def run_dir(tmp_path, byte_tokenizer):
+    """A run with the checkpoints of steps 1, 2 and 3."""
+    model, optimizer = build()
+    for step in (1, 2, 3):
+        one_step(model, optimizer)
+        checkpoint.save(tmp_path / "run", step, model, optimizer, {"step": step}, byte_tokenizer)
+    return tmp_path / "run"
+
+
+def reseal(path):
+    """Writes a manifest that agrees with the files: what is then refused is refused for its content."""
+    names = [p.name for p in path.iterdir() if p.name != checkpoint.MANIFEST]
+    files = {n: {"size": (path / n).stat().st_size, "sha256": checkpoint.sha256(path / n)} for n in names}
+    (path / checkpoint.MANIFEST).write_text(json.dumps({"format_version": 1, "files": files}))
+
+
+def test_weights_and_optimizer_come_back_bit_for_bit(run_dir):
+    """A momentum that is lost or attached to another parameter shows only later, as a worse run."""
+    model, optimizer = build()
+    for _ in range(3):
+        one_step(model, optimizer)
+    loaded, its_optimizer = build(seed=1)
+    assert checkpoint.load_training(checkpoint.newest(run_dir), loaded, its_optimizer) == {"step": 3}
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+        one_step(model, optimizer), one_step(loaded, its_optimizer)
+
+
+def test_inference_needs_neither_optimizer_nor_state_nor_flags(run_dir, byte_tokenizer):
+    path = run_dir / "step_00000003"
+    (path / checkpoint.OPTIMIZER).unlink()
+    (path / checkpoint.STATE).unlink()
+    model, tokenizer = checkpoint.load_model(run_dir)
+    assert not model.training and tokenizer.fingerprint() == byte_tokenizer.fingerprint()
+    assert torch.equal(model.wte.weight, load_file(path / checkpoint.MODEL)["wte.weight"])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "no manifest"])
+@pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.STATE, checkpoint.CONFIG])
+def test_a_bad_newest_is_named_and_the_one_before_is_used(run_dir, capsys, damage, name):
+    file = run_dir / "step_00000003" / (checkpoint.MANIFEST if damage == "no manifest" else name)
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    else:
+        file.unlink()
+    assert checkpoint.newest(run_dir).name == "step_00000002"
+    assert str(file) in capsys.readouterr().err
+    with pytest.raises(UserError, match=file.name):
+        checkpoint.verify(file.parent)
+
+
+def test_all_bad_is_an_error_and_none_is_a_fresh_start(run_dir, tmp_path):
+    """A silent start from scratch would overwrite what a person could still rescue."""
+    for path in checkpoint.steps(run_dir):
+        (path / checkpoint.MODEL).write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 3 checkpoints"):
+        checkpoint.newest(run_dir)
+    assert checkpoint.newest(tmp_path / "new") is None
+
+
+def test_a_moved_run_loads(run_dir, tmp_path):
+    """An absolute path inside would point to where the run once was."""
+    shutil.move(run_dir, tmp_path / "elsewhere")
+    assert checkpoint.find_checkpoint(tmp_path / "elsewhere").name == "step_00000003"
+    everything = b"".join(p.read_bytes() for p in (tmp_path / "elsewhere").rglob("*.json"))
+    assert str(run_dir).encode() not in everything
+
+
+def test_newest_run_is_found_without_a_name(run_dir, tmp_path, monkeypatch, byte_tokenizer):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint under checkpoints/"):
+        checkpoint.find_checkpoint()
+    model, optimizer = build()
+    for i, name in enumerate(("older", "newer")):
+        path = checkpoint.save(Path("checkpoints") / name, 9 - i, model, optimizer, {}, byte_tokenizer)
+        os.utime(path, (1e9 + i, 1e9 + i))
+    assert checkpoint.find_checkpoint() == Path("checkpoints/newer/step_00000008")
+
+
+def test_rotation_keeps_the_newest_and_the_best(run_dir):
+    checkpoint.rotate(run_dir, keep_last=1, best_step=1)
+    assert [p.name for p in checkpoint.steps(run_dir)] == ["step_00000003", "step_00000001"]
+    assert read_json(run_dir / "latest.json")["step"] == 3
+
+
+def test_leftovers_of_a_killed_save_are_never_considered(run_dir):
+    shutil.copytree(run_dir / "step_00000003", run_dir / f"{checkpoint.LEFTOVER}step_00000004")
+    assert checkpoint.newest(run_dir).name == "step_00000003"
+    checkpoint.clean(run_dir)
+    assert not list(run_dir.glob(f"{checkpoint.LEFTOVER}*"))
+
+
+@pytest.mark.parametrize("victim", ["save_file", "fsync", "rename"])
+def test_a_full_disk_leaves_no_trace_and_says_how_much_is_needed(run_dir, monkeypatch, byte_tokenizer, victim):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(p.name for p in run_dir.iterdir())
+    monkeypatch.setattr(*((checkpoint, victim) if victim == "save_file" else (os, victim)), full)
+    with pytest.raises(UserError, match=r"No space left.* needs about [\d,]+ bytes and [\d,]+ are free"):
+        checkpoint.save(run_dir, 4, *build(), {}, byte_tokenizer)
+    monkeypatch.undo()
+    assert sorted(p.name for p in run_dir.iterdir()) == before
+    checkpoint.verify(run_dir / "step_00000003")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_files_follow_the_umask(tmp_path, byte_tokenizer):
+    """safetensors writes 0600, which locks out the group that shares the disk."""
+    before = os.umask(0o027)
+    try:
+        path = checkpoint.save(tmp_path, 1, *build(), {}, byte_tokenizer)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("ln_f.weight"), "ln_f.weight is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "extra is not expected"),
+        (lambda t: t.update({"ln_f.weight": torch.ones(9)}), r"ln_f.weight is F32 \[9\], expected F32 \[8\]"),
+        (lambda t: t.update({"ln_f.weight": torch.ones(8).half()}), r"ln_f.weight is F16"),
+        (lambda t: t["ln_f.weight"].fill_(float("nan")), "ln_f.weight holds NaN"),
+    ],
+)
+def test_a_wrong_tensor_is_refused_by_name(run_dir, change, words):
+    path = run_dir / "step_00000003"
+    tensors = load_file(path / checkpoint.MODEL)
+    change(tensors)
+    save_file(tensors, path / checkpoint.MODEL)
+    reseal(path)
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_model(path)
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("n_layer", "12", "n_layer is '12', expected int"),
+        ("n_head", 3, "does not divide"),
+        ("surprise", 1, "surprise"),
+        ("norm", "batchnorm", "batchnorm"),
+    ],
+)
+def test_a_wrong_config_is_refused(run_dir, key, value, words):
+    path = run_dir / "step_00000003"
+    (path / checkpoint.CONFIG).write_text(json.dumps(read_json(path / checkpoint.CONFIG) | {key: value}))
+    reseal(path)
+    with pytest.raises(UserError, match=words):
+        checkpoint.load_model(path)
+
+
+def test_other_peoples_checkpoints_are_recognised_and_not_opened(tmp_path):
+    """A pickle runs code when it is opened; a Hugging Face folder is merely not ours."""
+    fired = tmp_path / "fired"
+
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(fired),))
+
+    torch.save({"model": Payload()}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="pickle of another project"):
+        checkpoint.find_checkpoint(tmp_path / "ckpt.pt")
+    assert not fired.exists()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="Hugging Face"):
+        checkpoint.find_checkpoint(tmp_path / "hf")
+
+
+def test_manifest_cannot_point_outside(run_dir):
+    path = run_dir / "step_00000003"
+    manifest = read_json(path / checkpoint.MANIFEST)
+    manifest["files"]["../../secret"] = {"size": 1, "sha256": ""}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="secret"):
+        checkpoint.verify(path)
+
+
+def test_command_line_verifies_a_run(run_dir, capsys):
+    checkpoint.main(["verify", str(run_dir)])
+    assert capsys.readouterr().out.count("whole") == 3

@@ -40,9 +40,7 @@ class TextTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """As `encode`, for many; half a surrogate pair, which is not text, becomes U+FFFD as in tiktoken."""
-        texts = [
-            t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if has_surrogates(t) else t for t in texts
-        ]
+        texts = [replace_surrogates(text) for text in texts]
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids) -> str:
@@ -72,13 +70,13 @@ class TextTokenizer:
         Path(directory, FILE).write_text(self.backend.to_str(), encoding="utf-8")
 
 
-def has_surrogates(text: str) -> bool:
-    """Whether the string holds half a surrogate pair and so cannot be written as UTF-8."""
+def replace_surrogates(text: str) -> str:
+    """The text, with U+FFFD for each half of a surrogate pair that stands alone and so has no UTF-8."""
     try:
         text.encode()
+        return text
     except UnicodeEncodeError:
-        return True
-    return False
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:

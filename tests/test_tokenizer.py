@@ -159,6 +159,7 @@ def test_known_ids_of_gpt2(gpt2):
     assert gpt2.encode("Hello world") == [15496, 995]
     assert gpt2.encode("hello world") == [31373, 995]
     assert (gpt2.eot_token, gpt2.vocab_size, gpt2.decode([50256])) == (50256, 50257, EOT)
+    assert gpt2.fingerprint() == "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"
 
 
 def test_a_batch_equals_its_texts_one_by_one(byte_tokenizer):
@@ -269,14 +270,12 @@ def test_fingerprint_does_not_depend_on_how_merges_are_written(byte_tokenizer, t
     same(load_tokenizer(edited(byte_tokenizer, tmp_path, old_form)), byte_tokenizer)
 
 
-def test_fingerprint_has_the_value_it_always_had(request):
+def test_fingerprint_has_the_value_it_always_had():
     """Guards the shards and checkpoints out there: another way to compute it would refuse them all."""
     vocab, merges = {"a": 0, "b": 1, "ab": 2, EOT: 3}, [("a", "b")]
     written_out = [[[EOT, 3], ["a", 0], ["ab", 2], ["b", 1]], ["a b"], 3]
     expected = hashlib.sha256(json.dumps(written_out).encode()).hexdigest()
     assert TextTokenizer(Tokenizer(models.BPE(vocab, merges)), "small").fingerprint() == expected
-    gpt2 = request.getfixturevalue("gpt2")
-    assert gpt2.fingerprint() == "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"
 
 
 def swap_two_ids(contents):

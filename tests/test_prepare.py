@@ -1,0 +1,584 @@
+"""prepare_fineweb.py: the right ids in the right order, whatever the workers, the file format or the accident."""
+
+import errno
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import data_processing_fineweb
+import prepare_fineweb
+from data_processing_fineweb import MANIFEST, FineWebDataset, verify
+from errors import UserError, run
+from prepare_fineweb import prepare, prepare_demo
+from tokenizer import load_tokenizer
+
+ROOT = Path(prepare_fineweb.__file__).parent
+DOCS = [f"Document {i}. " + "The quick brown fox, naïve 🦊, jumps. " * (i % 7 + 1) for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def vocabulary(byte_tokenizer, tmp_path_factory):
+    """Folder with a small tokenizer."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    byte_tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_jsonl(path, texts, opened=open):
+    with opened(path, "wt") as f:
+        f.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+    return str(path)
+
+
+def write_parquet(path, texts, **kwargs):
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, path, **kwargs)
+    return str(path)
+
+
+def ids_of(tokenizer, texts):
+    return np.concatenate([[tokenizer.eot_token, *tokenizer.encode(text)] for text in texts])
+
+
+def stream(directory):
+    """All shards of a directory, one after the other."""
+    return np.concatenate([np.load(p) for p in sorted(Path(directory).glob("*.npy"))])
+
+
+def contents(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).iterdir() if p.is_file()}
+
+
+def command(capsys, *argv):
+    """Exit code and stderr of the command line."""
+    capsys.readouterr()
+    code = run(lambda: prepare_fineweb.main([str(a) for a in argv]))
+    return code, capsys.readouterr().err
+
+
+def refused(capsys, *argv):
+    """The one line of an error that exits with 2."""
+    code, err = command(capsys, *argv)
+    assert code == 2
+    assert err.count("\n") == 1 and "Traceback" not in err
+    return err
+
+
+# --- the ids
+
+
+def test_ids_are_tiktokens_with_the_marker_before_each_document(test_data, here):
+    tiktoken = pytest.importorskip("tiktoken")
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    folder = test_data / "gpt2_tokenizer"
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "merges.txt"), str(folder / "vocab.json"))
+    words = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    reference = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+
+    [path] = (test_data / "corpus" / "val").glob("*.parquet")
+    made = prepare("d", local_files=[str(path)], val_tokens=100_000, shard_tokens=300_000, tokenizer=folder, num_proc=1)
+    table = pyarrow.parquet.read_table(path)
+    expected = [[50256, *reference.encode_ordinary(text)] for text in table["text"].to_pylist()]
+    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), np.concatenate(expected))
+    total = sum(table["token_count"].to_pylist()) + table.num_rows  # counted by those who made the corpus
+    assert made["train"]["tokens"] + made["val"]["tokens"] == total
+
+
+@pytest.mark.parametrize("make", ["parquet", "jsonl", "jsonl.gz", "txt", "mixed"])
+def test_every_file_format_gives_the_same_ids(make, here, vocabulary, byte_tokenizer):
+    middle = len(DOCS) // 2
+    if make == "parquet":
+        write_parquet("a_2.parquet", DOCS[:middle], row_group_size=7)
+        write_parquet("a_10.parquet", DOCS[middle:])  # natural order: after a_2
+    elif make == "txt":
+        for i, text in enumerate(DOCS):
+            Path(f"a_{i}.txt").write_bytes(text.encode())
+    elif make == "mixed":
+        write_parquet("a_1.parquet", DOCS[:middle])
+        write_jsonl("a_2.jsonl", DOCS[middle:])
+    else:
+        write_jsonl(f"a_1.{make}", DOCS, gzip.open if make.endswith("gz") else open)
+    made = prepare("d", local_files=["a_*"], val_tokens=1000, tokenizer=vocabulary, num_proc=1)
+    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), ids_of(byte_tokenizer, DOCS))
+    assert sum(m["text_bytes"] for m in made.values()) == sum(len(text.encode()) for text in DOCS)
+
+
+def test_same_bytes_for_any_workers_start_method_and_batch_size(here, vocabulary, monkeypatch):
+    write_parquet("a.parquet", DOCS[:20])
+    write_jsonl("b.jsonl", [*DOCS[20:40], "", None, "half \ud800 pair"])
+    Path("c.txt").write_text(DOCS[40])
+
+    def make(name, chars, **kwargs):
+        monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", chars)
+        prepare(name, local_files=["*.*"], tokenizer=vocabulary, val_tokens=700, shard_tokens=500, **kwargs)
+        return contents(name), contents(f"{name}_val")
+
+    expected = make("one", 10**6, num_proc=1)
+    assert len(expected[0]) > 4  # shards
+    for method in {"fork", "spawn"} & set(prepare_fineweb.multiprocessing.get_all_start_methods()):
+        assert make(f"two_{method}", 300, num_proc=2, start_method=method) == expected
+    assert make("four", 100, num_proc=4, start_method="spawn" if os.name == "nt" else "fork") == expected
+
+
+def test_what_is_made_is_what_training_opens(here, vocabulary, byte_tokenizer):
+    write_jsonl("a.jsonl", DOCS)
+    made = prepare("d", local_files=["a.jsonl"], val_tokens=500, shard_tokens=1000, tokenizer=vocabulary, num_proc=1)
+    for split, directory in ("train", "d"), ("val", "d_val"):
+        data = FineWebDataset(directory, 32, split, byte_tokenizer.vocab_size)
+        assert verify(directory) == len(data.shards)
+        assert data.manifest == made[split] and data.n_tokens == made[split]["tokens"]
+        assert data.manifest["tokenizer"]["fingerprint"] == byte_tokenizer.fingerprint()
+        assert data.manifest["tokenizer"]["eot_token"] == byte_tokenizer.eot_token
+        assert load_tokenizer(Path(directory, "tokenizer")).fingerprint() == byte_tokenizer.fingerprint()
+        assert sum(s["text_bytes"] for s in data.manifest["shards"]) == data.manifest["text_bytes"]
+
+
+def test_ids_that_do_not_fit_never_wrap():
+    fake = SimpleNamespace(eot_token=0, vocab_size=70_000, encode_batch=lambda texts: [[69_999] for _ in texts])
+    ids, sizes = prepare_fineweb.encode(fake, ["x", "yé"])
+    assert ids.dtype == np.uint32 and ids.tolist() == [0, 69_999, 0, 69_999]
+    assert sizes.tolist() == [[2, 1, 0], [2, 3, 0]]
+    fake.vocab_size = 60_000  # a tokenizer that does not keep its word
+    with pytest.raises(OverflowError):
+        prepare_fineweb.encode(fake, ["x"])
+
+
+# --- what is not ordinary text
+
+
+def test_policies_are_applied_and_counted(here, vocabulary, byte_tokenizer):
+    odd = [
+        "first",
+        None,
+        "",
+        " \n\t\u3000",
+        "a\0b",
+        "x\ud800y\udc00\ud83d\ude00",
+        "say <|endoftext|> twice",
+        None,
+        "last",
+    ]
+    write_jsonl("a.jsonl", odd)
+    write_jsonl("val.jsonl", ["", "validation"])
+    options = {"local_files": ["a.jsonl"], "val_files": ["val.jsonl"], "tokenizer": vocabulary, "num_proc": 1}
+    made = prepare("d", **options)
+    kept = ["first", "a\0b", "x\ufffdy\ufffd\U0001f600", "say <|endoftext|> twice", "last"]
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, kept))
+    assert np.count_nonzero(stream("d") == byte_tokenizer.eot_token) == len(kept)  # the literal is no boundary
+    assert made["train"]["documents"] == len(kept)
+    assert made["train"]["skipped"] == {"none": 2, "empty": 1, "whitespace": 1}
+    assert made["train"]["replaced_surrogates"] == 2
+    assert made["train"]["text_bytes"] == sum(len(text.encode()) for text in kept)
+    assert made["val"]["skipped"] == {"none": 0, "empty": 1, "whitespace": 0}
+    assert made["val"]["documents"] == 1
+    assert json.loads(Path("d", MANIFEST).read_text()) == made["train"]
+
+
+def test_null_text_in_parquet_is_skipped(here, vocabulary, byte_tokenizer):
+    write_parquet("a.parquet", ["v" * 50, None, "b\0", "<|endoftext|>", ""])
+    made = prepare("d", local_files=["a.parquet"], val_tokens=1, tokenizer=vocabulary, num_proc=1)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, ["b\0", "<|endoftext|>"]))
+    assert made["train"]["skipped"] == {"none": 1, "empty": 1, "whitespace": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', ["a.jsonl, row 3", "int"]),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl, line 2", "not JSON"]),
+        ("a.jsonl", b'{"content": "x"}\n', ["line 1", "content", "--text_column"]),
+        ("a.jsonl", b"[1]\n", ["line 1", "a JSON list"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["line 1"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], ["a.jsonl.gz", "cannot be read"]),
+        ("a.parquet", b"PAR1 but no more", ["a.parquet", "cannot be read"]),
+        ("a.txt", b"caf\xe9", ["a.txt", "cannot be read"]),
+    ],
+)
+def test_bad_input_is_named(name, data, says, here, vocabulary, capsys):
+    Path(name).write_bytes(data)
+    write_jsonl("val.jsonl", ["validation"])
+    line = refused(
+        capsys, "--local_files", name, "--val_files", "val.jsonl", "--tokenizer", vocabulary, "--num_proc", 1
+    )
+    assert all(word in line for word in says), line
+    assert not list(here.glob(f"edu*/{MANIFEST}"))
+
+
+def test_parquet_without_the_column_or_with_numbers(here, vocabulary, capsys):
+    write_parquet("a.parquet", DOCS)
+    start = ("--local_files", "a.parquet", "--tokenizer", vocabulary, "--num_proc", 1, "--text_column")
+    assert "id, text" in refused(capsys, *start, "content")
+    assert "row 1" in refused(capsys, *start, "id")
+
+
+# --- limits and splits
+
+
+def test_limits_fall_on_document_borders_and_documents_cross_shards(here, vocabulary, byte_tokenizer):
+    write_jsonl("a.jsonl", DOCS)
+    lengths = [len(byte_tokenizer.encode(text)) + 1 for text in DOCS]
+    val = next(i for i in range(len(DOCS)) if sum(lengths[:i]) >= 300)
+    train = next(i for i in range(val, len(DOCS)) if sum(lengths[val:i]) >= 1000)
+    made = prepare(
+        "d", local_files=["a.jsonl"], val_tokens=300, max_tokens=1000, shard_tokens=64, tokenizer=vocabulary, num_proc=1
+    )
+    assert np.array_equal(stream("d_val"), ids_of(byte_tokenizer, DOCS[:val]))
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, DOCS[val:train]))
+    assert [s["tokens"] for s in made["train"]["shards"]] == [64] * (sum(lengths[val:train]) // 64) + [
+        sum(lengths[val:train]) % 64
+    ]
+    assert made["train"]["arguments"] == {"shard_tokens": 64, "max_tokens": 1000, "val_tokens": 300}
+    assert max(lengths) > 64
+
+
+def test_validation_files_go_to_validation_as_a_whole(here, vocabulary, byte_tokenizer):
+    write_jsonl("a.jsonl", DOCS[:30])
+    write_parquet("b.parquet", DOCS[30:])
+    prepare("d", local_files=["a.jsonl"], val_files=["b.parquet"], tokenizer=vocabulary, num_proc=1)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, DOCS[:30]))
+    assert np.array_equal(stream("d_val"), ids_of(byte_tokenizer, DOCS[30:]))
+
+
+def test_a_corpus_that_is_all_validation_is_refused(here, vocabulary, capsys):
+    write_jsonl("a.jsonl", DOCS)
+    line = refused(capsys, "--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
+    assert "nothing is left to train on" in line and "--val_tokens" in line
+    write_jsonl("a.jsonl", ["", None])
+    line = refused(capsys, "--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
+    assert "no document" in line
+
+
+# --- accidents
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+def test_a_killed_worker_is_an_error_within_seconds(here, vocabulary, capsys, monkeypatch):
+    encode = prepare_fineweb.encode
+
+    def dies(tokenizer, texts):
+        if any(text.startswith("Document 31.") for text in texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(tokenizer, texts)
+
+    monkeypatch.setattr(prepare_fineweb, "encode", dies)
+    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 100)
+    write_jsonl("a.jsonl", DOCS)
+    options = ("--local_files", "a.jsonl", "--val_tokens", 100, "--tokenizer", vocabulary, "--num_proc", 2)
+    start = time.monotonic()
+    line = refused(capsys, *options, "--start_method", "fork")
+    assert time.monotonic() - start < 60  # seconds on an idle machine; a hang has no end
+    assert "process died" in line and "a.jsonl, row" in line
+    assert not Path("edu_fineweb10B", MANIFEST).exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_workers_leave_when_their_parent_is_killed(here, vocabulary):
+    write_jsonl("a.jsonl", ["word " * 200_000] * 30)
+    argv = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--local_files", "a.jsonl", "--num_proc", "2"]
+    parent = subprocess.Popen(
+        [*argv, "--tokenizer", str(vocabulary)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def alive(pids):
+        states = (Path(f"/proc/{pid}/stat") for pid in pids)
+        return [p for p in states if p.exists() and p.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
+
+    children = ""
+    deadline = time.monotonic() + 120
+    while len(children.split()) < 3 and time.monotonic() < deadline:  # two workers and the tracker of their resources
+        assert parent.poll() is None
+        time.sleep(0.05)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
+    parent.kill()
+    parent.wait()
+    while alive(children.split()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(children.split()) >= 3 and not alive(children.split())
+
+
+def test_a_full_disk_leaves_no_manifest_and_a_rerun_begins_anew(here, vocabulary, capsys, monkeypatch, byte_tokenizer):
+    write_jsonl("a.jsonl", DOCS)
+    options = ("--local_files", "a.jsonl", "--val_tokens", 300, "--shard_tokens", 500, "--num_proc", 1)
+    write_whole, written = data_processing_fineweb.write_whole, []
+
+    def full(path, *parts):
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, *parts)
+
+    with monkeypatch.context() as m:
+        m.setattr(data_processing_fineweb, "write_whole", full)
+        assert "No space left" in refused(capsys, *options, "--out_dir", "d", "--tokenizer", vocabulary)
+    assert list(Path("d").glob("*.npy")) and not Path("d", MANIFEST).exists()
+    Path("d", "fineweb_train_000777.npy").write_bytes(b"of a longer run")
+    Path("d", ".fineweb_train_000002.npy.4711.tmp").write_bytes(b"half")
+    assert command(capsys, *options, "--out_dir", "d", "--tokenizer", vocabulary)[0] == 0
+    assert command(capsys, *options, "--out_dir", "e", "--tokenizer", vocabulary)[0] == 0
+    assert contents("d") == contents("e") and contents("d_val") == contents("e_val")
+    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), ids_of(byte_tokenizer, DOCS))
+
+
+# --- the same command again
+
+
+def test_a_rerun_of_the_same_does_nothing(here, vocabulary, capsys):
+    write_jsonl("a.jsonl", DOCS)
+    options = ("--local_files", "a.jsonl", "--val_tokens", "300", "--tokenizer", vocabulary, "--num_proc")
+    assert command(capsys, *options, 1)[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in here.rglob("*")}
+    run(lambda: prepare_fineweb.main([str(o) for o in (*options, 2)]))
+    out = capsys.readouterr().out
+    assert "already prepared" in out and "--data_dir edu_fineweb10B --val_data_dir edu_fineweb10B_val" in out
+    assert {p: p.stat().st_mtime_ns for p in here.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (["--shard_tokens", "77"], ["shard_tokens", "77", "100000000"]),
+        (["--val_tokens", "301"], ["val_tokens", "301", "300"]),
+        (["--max_tokens", "900"], ["max_tokens", "900"]),
+        (["--tokenizer", "other"], ["tokenizer", "fingerprint"]),
+        (["--local_files", "b.jsonl"], ["source", "a.jsonl", "b.jsonl"]),
+        (["--local_files", "grown"], ["source", "a.jsonl"]),
+    ],
+)
+def test_a_rerun_made_otherwise_is_refused(change, says, here, vocabulary, capsys):
+    write_jsonl("a.jsonl", DOCS)
+    write_jsonl("b.jsonl", DOCS)
+    options = ["--local_files", "a.jsonl", "--val_tokens", 300, "--tokenizer", vocabulary, "--num_proc", 1]
+    assert command(capsys, *options)[0] == 0
+    before = contents("edu_fineweb10B")
+    if change[1] == "other":
+        Path("other").mkdir()
+        prepare_fineweb.train_tokenizer(DOCS, 300).save("other")
+    if change[1] == "grown":
+        write_jsonl("a.jsonl", [*DOCS, "one more"])
+        change = []
+    line = refused(capsys, *options, *change)
+    assert all(word in line for word in says), line
+    assert contents("edu_fineweb10B") == before
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "fineweb_train_000000.npy.bak", "tokenizer/mine.json", "sub/x.npy"])
+def test_nothing_is_deleted_from_a_directory_with_other_files(foreign, here, vocabulary, capsys):
+    write_jsonl("a.jsonl", DOCS)
+    path = Path("d", foreign)
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    leftover = Path("d", "fineweb_train_000000.npy")
+    leftover.write_bytes(b"left")
+    options = ("--local_files", "a.jsonl", "--val_tokens", 300, "--tokenizer", vocabulary, "--num_proc", 1)
+    line = refused(capsys, *options, "--out_dir", "d")
+    assert Path(foreign).parts[0] in line or path.name in line
+    assert path.read_text() == "precious" and leftover.exists()
+
+
+# --- arguments
+
+
+def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
+    write_jsonl("a.jsonl", DOCS)
+    line = refused(
+        capsys, "--local_files", "nothing_*.parquet", "--val_files", "a.jsonl", "--dataset", "x", "--max_tokens", 0,
+        "--shard_tokens", 0, "--num_proc", -1, "--val_tokens", 0, "--start_method", "sporn", "--tokenizer", vocabulary,
+    )  # fmt: skip
+    for word in (
+        "nothing_*.parquet",
+        "--dataset",
+        "--max_tokens",
+        "--shard_tokens",
+        "--num_proc",
+        "--val_tokens",
+        "sporn",
+    ):
+        assert word in line, line
+    assert "a.jsonl" in line  # what is there instead
+    assert not Path("edu_fineweb10B").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--local_files", "no/such/*.parquet"], ["no/such/*.parquet", "no such file"]),
+        (["--local_files", "folder"], ["folder", "*.parquet"]),
+        (["--local_files", "a.csv"], ["a.csv", ".jsonl"]),
+        (["--local_files", ""], ["no such file"]),
+        (["--local_files", "a.jsonl", "--val_files", "./a.json*"], ["a.jsonl", "both"]),
+        (["--local_files", "a.jsonl", "--tokenizer", "folder"], ["folder", "tokenizer.json"]),
+        (["--local_files", "a.jsonl", "--out_dir", "a.csv", "--val_tokens", "300"], ["a.csv", "a file"]),
+        (["--local_files", "a.jsonl", "--demo"], ["--local_files", "--demo"]),
+    ],
+)
+def test_wrong_paths_exit_with_2_and_one_line(argv, says, here, vocabulary, capsys):
+    write_jsonl("a.jsonl", DOCS)
+    Path("folder").mkdir()
+    Path("a.csv").write_text("1,2")
+    line = refused(capsys, "--num_proc", 1, "--tokenizer", vocabulary, *argv)
+    assert all(word in line for word in says), line
+
+
+def test_every_line_of_help_states_its_default():
+    for action in prepare_fineweb.build_parser()._actions[1:]:
+        assert "default: " in action.help, action.dest
+
+
+def test_progress_reports_the_rate_and_the_time_left(capsys):
+    progress = prepare_fineweb.Progress(source_bytes=1000)
+    progress.start = time.monotonic() - 60
+    progress.add(prepare_fineweb.Document(np.zeros(6000, np.uint16), 24_000, 0, None, 500))
+    progress.show()
+    line = capsys.readouterr().err
+    assert line.startswith("1 documents, 0.0M tokens, ") and "tokens/s" in line and "MB/s" in line
+    assert "0:01:00 left" in line or "0:00:59 left" in line
+    nothing_known = prepare_fineweb.Progress()
+    nothing_known.show()
+    assert "left" not in capsys.readouterr().err
+
+
+# --- the hub, played
+
+
+def play_hub(monkeypatch, rows):
+    import datasets
+    import huggingface_hub
+
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return rows() if callable(rows) else rows
+
+    info = SimpleNamespace(sha="c0ffee")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **kwargs: info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+def test_hub_rows_are_streamed_from_one_commit(here, vocabulary, byte_tokenizer, monkeypatch):
+    calls = play_hub(monkeypatch, [{"id": i, "text": text} for i, text in enumerate(DOCS)])
+    made = prepare("d", tokenizer=vocabulary, val_tokens=300, num_proc=1)
+    assert calls == [
+        (("HuggingFaceFW/fineweb-edu", "sample-10BT"), {"split": "train", "revision": "c0ffee", "streaming": True})
+    ]
+    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), ids_of(byte_tokenizer, DOCS))
+    source = {"dataset": "HuggingFaceFW/fineweb-edu", "subset": "sample-10BT", "revision": None, "text_column": "text"}
+    assert made["train"]["source"] == source and made["train"]["source_version"] == "c0ffee"
+    assert prepare("d", tokenizer=vocabulary, val_tokens=300, num_proc=1) == made
+    assert len(calls) == 1
+
+
+def test_a_hub_out_of_reach_names_the_alternative(here, vocabulary, capsys, monkeypatch):
+    def unreachable():
+        raise ConnectionError("Couldn't reach the Hub\nand why")
+
+    play_hub(monkeypatch, unreachable)
+    line = refused(capsys, "--tokenizer", vocabulary, "--num_proc", 1)
+    assert "hub" in line and "ConnectionError" in line and "--local_files" in line
+
+    def drops():
+        yield from ({"text": text} for text in DOCS)
+        raise ConnectionError("reset by peer")
+
+    play_hub(monkeypatch, drops)
+    line = refused(capsys, "--dataset", "some/other", "--tokenizer", vocabulary, "--num_proc", 1, "--val_tokens", 100)
+    assert "some/other" in line and "reset by peer" in line
+    assert not Path("edu_fineweb10B", MANIFEST).exists()
+
+
+def test_hub_without_the_column_says_which_there_are(here, vocabulary, capsys, monkeypatch):
+    play_hub(monkeypatch, [{"content": "x", "id": 1}])
+    assert "content, id" in refused(capsys, "--tokenizer", vocabulary, "--num_proc", 1)
+
+
+# --- the demo corpus
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    made = prepare_demo(folder / "demo_corpus")
+    return folder / "demo_corpus", made
+
+
+def test_demo_corpus_is_english_of_the_expected_size(demo):
+    from pydoc_data.topics import topics
+
+    directory, made = demo
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    assert tokenizer.vocab_size == 2048
+    train, val = stream(directory), stream(f"{directory}_val")
+    assert max(train.max(), val.max()) < 2048
+    texts = [tokenizer.decode(part) for part in np.split(train, np.flatnonzero(train == tokenizer.eot_token))[1:]]
+    texts += [tokenizer.decode(part) for part in np.split(val, np.flatnonzero(val == tokenizer.eot_token))[1:]]
+    texts = [text.removeprefix("<|endoftext|>") for text in texts]
+    assert len(texts) == made["train"]["documents"] + made["val"]["documents"]
+    assert made["val"]["documents"] == -(-len(texts) // 20)
+    assert {text.strip() for text in topics.values()} <= set(texts)
+    [json_module] = [text for text in texts if text.startswith("json\n\n")]
+    assert "JSON (JavaScript Object Notation)" in json_module and "json.dumps(obj, *, skipkeys=False" in json_module
+    total = made["train"]["text_bytes"] + made["val"]["text_bytes"]
+    assert 1_000_000 < total < 4_000_000
+    assert 2.5 < total / (made["train"]["tokens"] + made["val"]["tokens"]) < 5  # the vocabulary has learnt words
+
+
+def test_demo_corpus_is_the_same_each_time_and_not_remade(demo, here, capsys):
+    directory, made = demo
+    capsys.readouterr()
+    assert run(lambda: prepare_fineweb.main(["--demo", "--out_dir", "again"])) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+    assert contents("again") == contents(directory) and contents("again_val") == contents(f"{directory}_val")
+    before = {p: p.stat().st_mtime_ns for p in here.rglob("*")}
+    assert prepare_demo("again") == made
+    assert {p: p.stat().st_mtime_ns for p in here.rglob("*")} == before
+    with pytest.raises(UserError, match="vocab_size"):
+        prepare_demo("again", vocab_size=1024)
+
+
+def test_demo_needs_no_documentation_elsewhere(here, monkeypatch):
+    monkeypatch.setattr(prepare_fineweb, "help_topics", list)
+    monkeypatch.setattr(prepare_fineweb, "library_docstrings", list)
+    with pytest.raises(UserError, match="--local_files"):
+        prepare_demo("d")
+
+
+def test_docstrings_come_in_source_order_with_their_signatures():
+    source = '''
+"""Module."""
+class A(dict):
+    """A class."""
+    def f(self, x=1):
+        """  Indented
+
+             text. """
+    def _private(self):
+        """Hidden."""
+if True:
+    async def g(*args):
+        """G."""
+def nothing(): pass
+'''
+    tree = prepare_fineweb.ast.parse(source)
+    assert list(prepare_fineweb.docstrings(tree, "m")) == [
+        "m", "Module.", "m.A", "A class.", "m.A.f(self, x=1)", "Indented\n\ntext. ", "m.g(*args)", "G.",
+    ]  # fmt: skip

@@ -53,7 +53,7 @@ def flag(default, text, at_least=None, below=math.inf, choices=None):
 class TrainConfig:
     """One run. The defaults are the preset gpt2-124m: FineWeb-Edu's 10B-token sample, once."""
 
-    preset: str = flag("gpt2-124m", "named set of values that other flags change")
+    preset: str = flag("gpt2-124m", "set of values that the other flags change")
     run_name: str | None = flag(None, "name of the run's directory; default: the preset's name")
     checkpoint_dir: str = flag(checkpoint.DEFAULT_DIR, "directory of all runs")
     data_dir: str = flag("edu_fineweb10B", "folder of training shards")
@@ -622,7 +622,7 @@ def parse(argv=None) -> TrainConfig:
         kind = f.type if isinstance(f.type, type) else f.type.__args__[0]  # int | None -> int
         how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}
         if f.name == "preset":
-            how["choices"] = PRESETS
+            how = {"choices": PRESETS}
         default = "" if f.default in (None, False) else f" (default: {f.default})"
         parser.add_argument(f"--{f.name}", default=None, help=f.metadata["help"].replace("%", "%%") + default, **how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -165,6 +165,8 @@ def find_shards(directory, split) -> tuple[list[Shard], dict]:
     if (directory / MANIFEST).exists():
         manifest = read_json(directory / MANIFEST)
         return open_manifest(directory, manifest), manifest
+    if (directory / "tokenizer").is_dir():  # prepare_fineweb begins with the tokenizer and ends with the manifest
+        raise UserError(f"{directory}: prepare_fineweb.py did not finish here; run it again")
     paths = sorted((p for p in directory.iterdir() if p.suffix in (".npy", ".bin") and p.is_file()), key=natural)
     marked = {word: [p for p in paths if word in re.split(r"[^a-z]+", p.name)] for word in ("train", "val")}
     if any(marked.values()):
@@ -301,7 +303,7 @@ class FineWebDataset:
                 raise UserError(f"{shard.path}: changed while it was in use; start again")
             with open(shard.path, "rb") as f:
                 self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self.unreleased += 16 * mmap.PAGESIZE  # what the kernel maps around one fault
+        self.unreleased += max(16 * mmap.PAGESIZE, 8 * self.block_size)  # 16: what the kernel maps around one fault
         if self.unreleased > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self.unreleased = 0
             for m in self.maps.values():

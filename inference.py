@@ -25,7 +25,7 @@ from errors import Parser, UserError, run
 from model import KVCache
 from runtime import autocast, pick_device, pick_dtype
 
-DEFAULT_PROMPT = "The most important"
+DEFAULT_PROMPT = "The"
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
 NUCLEUS_GUESS = 1024  # tokens that nearly always hold the nucleus; sorting 50,257 takes 8 times as long
 UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character

@@ -1,0 +1,30 @@
+"""The README names only what exists."""
+
+import re
+from pathlib import Path
+
+from train import PRESETS, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_test_it_names_exists():
+    """A promise whose test was renamed or removed."""
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", README)
+    assert len(named) >= 10
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
+def test_every_link_leads_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links and all((ROOT / link).exists() for link in links), links
+
+
+def test_every_flag_of_train_it_shows_exists():
+    """A command that a reader copies and that ends with exit code 2."""
+    commands = re.findall(r"train\.py((?:[^\n`]|\\\n)*)", README)
+    flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command)}
+    assert {"preset", "data_dir", "batch_size"} <= flags <= TrainConfig.__dataclass_fields__.keys()
+    assert set(re.findall(r"--preset ([\w-]+)", README)) <= PRESETS.keys()

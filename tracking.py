@@ -7,6 +7,7 @@ none of them can stop a run.
 
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -63,6 +64,13 @@ def read_rows(path):
                 continue
 
 
+def has_key(wandb) -> bool:
+    try:
+        return bool(wandb.login(prompt=False))
+    except Exception:  # it raises where there is none
+        return False
+
+
 class Wandb:
     """The rows sent to Weights & Biases. Whatever goes wrong there costs one warning, not the run."""
 
@@ -71,11 +79,11 @@ class Wandb:
         try:
             import wandb  # here: optional, and slow to import
 
-            if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key):
-                os.environ["WANDB_MODE"] = "offline"
-                print(f"wandb: no key, so offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
+            if mode == "offline":
+                print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
             id_file = Path(run_dir) / "wandb_id.txt"
-            run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+            run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
             self.run = wandb.init(
                 project=project,
                 name=name or Path(run_dir).name,
@@ -83,6 +91,8 @@ class Wandb:
                 config=config,
                 id=run_id,
                 resume="allow",
+                mode=mode,
+                settings=wandb.Settings(init_timeout=30),
             )
             id_file.write_text(run_id + "\n")
             self.run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows

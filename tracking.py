@@ -127,11 +127,12 @@ class Progress:
     def __init__(self, step, total, shown):
         self.total, self.shown, self.last = total, shown, -PLAIN_SECONDS
         self.first, self.began = step, time.monotonic()
-        live = shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05) if live else None
+        self.live, self.bar = shown and sys.stderr.isatty(), None
 
     def update(self, step, text):
-        if self.bar is not None:
+        if self.live:
+            if self.bar is None:  # not before the first step, so that nothing is printed into it
+                self.bar = tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True, smoothing=0.05)
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(1)
         elif self.shown and (time.monotonic() - self.last >= PLAIN_SECONDS or step == self.total):

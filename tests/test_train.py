@@ -45,8 +45,9 @@ def corpus(tmp_path_factory, byte_tokenizer):
 
 
 @pytest.fixture
-def toy(corpus, tmp_path) -> TrainConfig:
-    """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows."""
+def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
+    """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""
+    monkeypatch.setattr(train_module, "draw", lambda r: None)
     return TrainConfig(
         run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,
         n_embd=32, dropout=0.1, max_steps=40, batch_size=4, total_batch_tokens=256, lr=3e-3, min_lr=3e-4,
@@ -174,7 +175,8 @@ def test_wrong_tokenizer_is_refused(toy, tmp_path, byte_tokenizer):
 # --- the trace
 
 
-def test_two_undisturbed_runs_agree_and_learn(toy):
+def test_two_undisturbed_runs_agree_and_learn(toy, monkeypatch):
+    monkeypatch.undo()  # with pictures
     result = train(toy)
     again = replace(toy, run_name="again")
     train(again)

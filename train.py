@@ -349,9 +349,8 @@ def train_step(r: Run, batch, stop=0):
     r.step_model.train()
     loss_sum = torch.zeros((), device=rt.device)
     for micro, (x, y) in enumerate(zip(batch.x, batch.y)):
-        torch.manual_seed(
-            int(key64(c.seed, r.step, micro, rt.rank)[0]) % 2**63
-        )  # dropout's, a function of the position
+        # dropout's masks are a function of the position, so nothing that draws numbers elsewhere can move them
+        torch.manual_seed(int(key64(c.seed, r.step, micro, rt.rank)[0]) % 2**63)
         last = micro == len(batch.x) - 1
         with nullcontext() if last or rt.world == 1 else r.step_model.no_sync():  # gradients travel once a step
             with rt.autocast():

@@ -38,7 +38,7 @@ LEFTOVER = ".unfinished_"  # prefix of directories that are being written or del
 def save(run_dir, step, model, optimizer, state, tokenizer) -> Path:
     """Writes run_dir/step_NNNNNNNN; returns it. UserError, with nothing left behind, where the disk is full."""
     run_dir = Path(run_dir)
-    final, temporary = run_dir / f"step_{step:08d}", run_dir / f"{LEFTOVER}step_{step:08d}"
+    final, temporary = run_dir / name_of(step), run_dir / f"{LEFTOVER}{name_of(step)}"
     remove(temporary)
     tensors = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
     try:
@@ -104,6 +104,10 @@ def clean(run_dir):
 
 # ---------------------------------------------------------------------------------------
 # Finding.
+
+
+def name_of(step) -> str:
+    return f"step_{step:08d}"
 
 
 def step_of(path) -> int:

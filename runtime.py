@@ -96,11 +96,7 @@ class Runtime:
 
     def sum(self, *values) -> list[float]:
         """Each value (number or one-element tensor) summed over ranks, in float64."""
-        total = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        if self.world > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total)
-        return total.tolist()
+        return self.reduce(torch.tensor([float(v) for v in values], dtype=torch.float64)).tolist()
 
     def reduce(self, tensor):
         """The tensor summed over ranks."""

@@ -14,6 +14,7 @@ import sys
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -213,6 +214,17 @@ class Run:
     def tokens(self) -> int:
         return self.samples_seen * self.config.block_size
 
+    @cached_property
+    def identity(self) -> dict:
+        """What a run may not change half way: the numbers would no longer belong to one experiment."""
+        return {
+            **asdict(self.model.config),
+            "seed": self.config.seed,
+            "no_shuffle": self.config.no_shuffle,
+            "data": self.train_data.fingerprint(),
+            "tokenizer": self.tokenizer.fingerprint(),
+        }
+
     def log(self, kind, **values):
         row = self.metrics.log(kind, self.step, tokens=self.tokens, seconds=round(self.seconds, 3), **values)
         if self.wandb:
@@ -238,9 +250,8 @@ def open_data(c: TrainConfig, rt):
     _, manifest = find_shards(c.data_dir, "train")  # missing data is the first thing to say
     kept = Path(c.data_dir, "tokenizer")
     tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"))
-    made_with = (manifest.get("tokenizer") or {}).get("fingerprint", tokenizer.fingerprint())
-    if made_with != tokenizer.fingerprint():
-        theirs = manifest["tokenizer"]
+    theirs = manifest.get("tokenizer") or {}
+    if "fingerprint" in theirs and theirs["fingerprint"] != tokenizer.fingerprint():
         raise UserError(
             f"{c.data_dir} was made with tokenizer {theirs.get('name')!r} ({theirs.get('vocab_size')} ids), "
             f"not with {tokenizer.name!r} ({tokenizer.vocab_size} ids); leave --tokenizer out or prepare the data anew"
@@ -272,18 +283,6 @@ def set_up(c: TrainConfig, rt) -> Run:
     return Run(c, rt, tokenizer, train_data, val_data, examples, model, step_model, optimizer, scaler)
 
 
-def identity(r: Run) -> dict:
-    """What a run may not change half way: the numbers would no longer belong to one experiment."""
-    c = r.config
-    return {
-        **asdict(r.model.config),
-        "seed": c.seed,
-        "no_shuffle": c.no_shuffle,
-        "data": r.train_data.fingerprint(),
-        "tokenizer": r.tokenizer.fingerprint(),
-    }
-
-
 def resume(r: Run):
     """Moves a run to its newest good checkpoint, or to the one named; leaves it at step 0 if there is none."""
     c = r.config
@@ -292,9 +291,7 @@ def resume(r: Run):
         return
     state = read_json(found / checkpoint.STATE)
     changed = [
-        f"{k} (was {state['identity'].get(k)}, now {v})"
-        for k, v in identity(r).items()
-        if state["identity"].get(k) != v
+        f"{k} (was {state['identity'].get(k)}, now {v})" for k, v in r.identity.items() if state["identity"].get(k) != v
     ]
     if changed:
         raise UserError(f"{found} cannot be continued with another {', '.join(changed)}; give a new --run_name")
@@ -331,7 +328,7 @@ def describe(r: Run):
         "world_size": r.rt.world,
         "parameters": r.model.num_parameters(),
         "training_tokens": r.train_data.n_tokens,
-        "identity": identity(r),
+        "identity": r.identity,
     }
     write_json(r.config.run_dir / "run.json", facts)
 
@@ -378,7 +375,7 @@ def train_step(r: Run, batch, stop=0):
 
 
 def train_steps(r: Run, signals) -> bool:
-    """Trains until something is due at a step's end; True if a signal asks to stop (on any rank, for all)."""
+    """Trains to the last step; True if a signal asks to stop before it (on any rank, for all)."""
     c, rt = r.config, r.rt
     loader = FineWebDataLoader(r.train_data, c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
     peak, flops = rt.peak_flops(), r.model.flops_per_token()
@@ -428,7 +425,7 @@ def save(r: Run):
         "step": r.step,
         "samples_seen": r.samples_seen,
         "seconds": r.seconds,
-        "identity": identity(r),
+        "identity": r.identity,
         "config": asdict(r.config),
         "scaler": r.scaler.state_dict() if r.scaler.is_enabled() else None,
     }
@@ -453,7 +450,7 @@ def keep_best(r: Run):
     if r.rt.is_main and best is not None:
         write_json(
             r.config.run_dir / "best.json",
-            {"step": best, "loss": r.metrics.vals[best], "checkpoint": f"step_{best:08d}"},
+            {"step": best, "loss": r.metrics.vals[best], "checkpoint": checkpoint.name_of(best)},
         )
 
 
@@ -487,7 +484,11 @@ def validate(r: Run) -> dict:
     nats, targets, text_bytes = r.rt.sum(nats, targets, text_bytes)
     loss = nats / targets
     bits = nats / math.log(2) / text_bytes if text_bytes else None
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits, "targets": int(targets)}
+    return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits, "targets": int(targets)}
+
+
+def perplexity(loss) -> float:
+    return math.exp(min(loss, 700))  # beyond that a float overflows
 
 
 def report(row) -> str:
@@ -598,7 +599,7 @@ def final_values(r: Run) -> dict:
     if not r.metrics.vals:
         return {"val_loss": None, "perplexity": None}
     loss = r.metrics.vals[max(r.metrics.vals)]
-    return {"val_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    return {"val_loss": loss, "perplexity": perplexity(loss)}
 
 
 def introduce(r: Run):

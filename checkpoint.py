@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from errors import Parser, UserError, run
-from files import read_json, sha256, sync_directory, write_json
+from files import UNFINISHED, read_json, sha256, sync_directory, write_json
 from model import GPT, GPTConfig
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
@@ -35,15 +35,40 @@ LEFTOVER = ".unfinished_"  # prefix of directories that are being written or del
 # Saving.
 
 
-def save(run_dir, step, model, optimizer, state, tokenizer) -> Path:
-    """Writes run_dir/step_NNNNNNNN; returns it. UserError, with nothing left behind, where the disk is full."""
+def snapshot(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+    """Copies on the CPU of all that training goes on to change: the tensors of each file of a checkpoint.
+
+    Every rank must call it where the model is sharded, for its tensors are gathered; rank 0's result is whole."""
+    return {
+        MODEL: {name: whole(t) for name, t in model.state_dict().items()},
+        OPTIMIZER: {name: whole(t) for name, t in optimizer_tensors(model, optimizer).items()},
+    }
+
+
+def whole(t):
+    t = t.detach()
+    return (t.full_tensor() if is_sharded(t) else t).to("cpu", copy=True).contiguous()
+
+
+def is_sharded(t):
+    return hasattr(t, "full_tensor")  # a DTensor; importing it takes a second that most runs need not pay
+
+
+def optimizer_tensors(model, optimizer) -> dict:
+    """The optimizer's state as named tensors: <parameter>/<key>."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {f"{names[p]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
+
+
+def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
+    """Writes run_dir/step_NNNNNNNN from a `snapshot`; returns it. UserError, with nothing left behind, where
+    the disk is full."""
     run_dir = Path(run_dir)
     final, temporary = run_dir / name_of(step), run_dir / f"{LEFTOVER}{name_of(step)}"
-    remove(temporary)
-    tensors = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
     try:
+        remove(temporary)
         temporary.mkdir(parents=True)
-        write_json(temporary / CONFIG, asdict(model.config))
+        write_json(temporary / CONFIG, asdict(config))
         write_json(temporary / STATE, state)
         tokenizer.save(temporary)
         for name, content in tensors.items():
@@ -66,16 +91,10 @@ def save(run_dir, step, model, optimizer, state, tokenizer) -> Path:
 
 
 def write_tensors(path, tensors):
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    save_file(tensors, path)
     shutil.copymode(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
-
-
-def optimizer_tensors(model, optimizer) -> dict:
-    """The optimizer's state as named tensors: <parameter>/<key>."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {f"{names[p]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
 
 
 def remove(directory):
@@ -97,9 +116,11 @@ def rotate(run_dir, keep_last, best_step=None):
 
 
 def clean(run_dir):
-    """Removes what a killed save or deletion left behind."""
+    """Removes what a killed save, deletion or write left behind."""
     for path in Path(run_dir).glob(f"{LEFTOVER}*"):
         shutil.rmtree(path)
+    for path in Path(run_dir).glob(f".*{UNFINISHED}"):
+        path.unlink()
 
 
 # ---------------------------------------------------------------------------------------
@@ -223,8 +244,18 @@ def read_config(path) -> GPTConfig:
 
 
 def load_weights(path, model):
-    expected = {name: t.shape for name, t in model.state_dict().items()}
-    model.load_state_dict(read_tensors(Path(path) / MODEL, expected))
+    own = model.state_dict()
+    tensors = read_tensors(Path(path) / MODEL, {name: t.shape for name, t in own.items()})
+    model.load_state_dict({name: laid_out_like(own[name], t) for name, t in tensors.items()})
+
+
+def laid_out_like(own, t):
+    """A whole tensor, sharded over the ranks if `own` is."""
+    if not is_sharded(own):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
 
 
 def load_model(path=None, device="cpu"):
@@ -245,7 +276,10 @@ def load_training(path, model, optimizer) -> dict:
     shapes = {f"{name}/{key}": [] if key == "step" else p.shape for name, p in named.items() for key in keys}
     tensors = read_tensors(path / OPTIMIZER, shapes)
     order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    state = {order[p]: {key: tensors[f"{name}/{key}"] for key in keys} for name, p in named.items()} if keys else {}
+    state = {}
+    for name, p in named.items() if keys else ():
+        values = {key: tensors[f"{name}/{key}"] for key in keys}
+        state[order[p]] = {key: t if key == "step" else laid_out_like(p, t) for key, t in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return read_json(path / STATE)
 
@@ -288,9 +322,21 @@ def main(argv=None):
     parser.add_argument("command", choices=["verify"])
     parser.add_argument("directory", help="a run's directory or one checkpoint")
     path = Path(parser.parse_args(argv).directory)
-    for checkpoint in [path] if (path / MANIFEST).is_file() else steps(path):
-        verify(checkpoint)
-        print(f"{checkpoint}: whole")
+    found = [path] if (path / MANIFEST).is_file() else steps(path)
+    if not found:
+        raise UserError(
+            f"{path}: {what_it_looks_like(path)}; expected a run's directory or one of its step_* checkpoints"
+        )
+    bad = 0
+    for checkpoint in found:
+        try:
+            verify(checkpoint)
+            print(f"{checkpoint}: whole")
+        except UserError as error:
+            bad += 1
+            print(error)
+    if bad:
+        raise UserError(f"{bad} of {len(found)} checkpoints cannot be used")
 
 
 if __name__ == "__main__":

@@ -460,10 +460,11 @@ class FineWebBatchIterator:
 def first_windows(dataset, n_tokens, batch_size, rank=0, world=1):
     """The unshuffled windows that cover the first n_tokens targets, as numpy (x, y) batches for one rank.
 
-    For validation: which windows are read depends on nothing but n_tokens and the block size."""
+    For validation: which windows are read depends on nothing but n_tokens and the block size. Every rank
+    gets the same number of batches, so that they can act together; the last may hold no rows."""
     n = min(-(-n_tokens // dataset.block_size), dataset.n_windows)
-    mine = np.arange(rank, n, world)
-    for i in range(0, len(mine), batch_size):
+    mine, most = np.arange(rank, n, world), -(-n // world)
+    for i in range(0, most, batch_size):
         yield dataset.rows(mine[i : i + batch_size])
 
 

@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main) -> int:
-    """Exit code of a script: main()'s own, 2 after a UserError, and quiet where the reader of a pipe left."""
+    """Exit code of a script: main()'s own, 2 after a UserError or where the system refuses (a full disk, a
+    missing permission), and quiet where the reader of a pipe left."""
     try:
         return main() or 0
     except UserError as error:
@@ -29,5 +30,8 @@ def run(main) -> int:
     except BrokenPipeError:  # `| head -1`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a missing permission: the machine's fault, not the program's
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from errors import UserError
 
+UNFINISHED = ".tmp"  # suffix of a file that is being written
 JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a hostile one stops here
 
 
 def write_whole(path, *parts):
     """Writes bytes-like parts under a temporary name, flushes to the disk, renames: nobody sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with open(temporary, "wb") as f:
             f.writelines(parts)

@@ -279,12 +279,14 @@ def grow(samples, model, tokens, sampling, max_new_tokens, seed):
     yield [s.finish("length") if s.finish_reason is None else "" for s in samples]
 
 
-def sample_text(model, tokenizer, prompt, sampling, max_new_tokens, num_samples=1, seed=0) -> list[str]:
+def sample_text(model, tokenizer, prompt, sampling, max_new_tokens, num_samples=1, seed=0, poll=None) -> list[str]:
     """Continuations of the prompt, without the prompt itself. Leaves the model's mode and torch's
-    random stream as they were. Raises ValueError where the prompt exceeds block_size tokens."""
+    random stream as they were. What `poll`, called after each token, raises ends it.
+    Raises ValueError where the prompt exceeds block_size tokens."""
     samples = [Sample(tokenizer) for _ in range(num_samples)]
     for _ in grow(samples, model, tokenizer.encode(prompt), sampling, max_new_tokens, seed):
-        pass
+        if poll is not None:
+            poll()
     return [s.text for s in samples]
 
 

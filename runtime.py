@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -106,19 +107,23 @@ class Runtime:
         return tensor
 
     def from_main(self, function):
-        """function() on rank 0, its result on every rank; its exception too, so that nobody waits for ever."""
+        """function() on rank 0, its result on every rank. If it fails there it fails everywhere, so that nobody
+        waits for ever; a UserError is said by rank 0 alone."""
         if self.world == 1:
             return function()
-        box = [None]
+        box, mine = [None], None
         if self.is_main:
             try:
                 box = [(function(), None)]
             except Exception as error:
-                box = [(None, error)]
+                mine = error
+                kinds = ((UserError, SystemExit(2)), (Stopped, Stopped()))  # what can be said in another process
+                said = [other for kind, other in kinds if isinstance(error, kind)]
+                box = [(None, said[0] if said else RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}"))]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         result, error = box[0]
         if error is not None:
-            raise error
+            raise mine or error
         return result
 
     def gather(self, value) -> list:
@@ -128,6 +133,14 @@ class Runtime:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def refuse_disagreement(self, mine: dict):
+        """UserError on every rank, naming each key on which the ranks' dicts differ, with all the values."""
+        everyone = self.gather(mine)
+        differing = [key for key in mine if any(other[key] != mine[key] for other in everyone)]
+        if differing:
+            said = [f"{k} is " + ", ".join(f"{d[k]} on rank {i}" for i, d in enumerate(everyone)) for k in differing]
+            raise UserError(f"the processes of this run disagree: {'; '.join(said)}; start all of them alike")
 
     def peak_flops(self) -> float | None:
         """Of one device at this dtype by its data sheet; None where the table does not know."""
@@ -154,8 +167,9 @@ def peak_flops(device_name) -> float | None:
     return None
 
 
-def start(device="auto", dtype="auto") -> Runtime:
-    """Joins the process group if torchrun started this process (gloo on CPU, nccl on CUDA)."""
+def start(device="auto", dtype="auto", timeout=1800) -> Runtime:
+    """Joins the process group if torchrun started this process (gloo on CPU, nccl on CUDA). A process that
+    waits `timeout` seconds for another gives up."""
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(device)
     if device.type == "cuda":
@@ -166,7 +180,7 @@ def start(device="auto", dtype="auto") -> Runtime:
     else:
         keep_freed_memory()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
     return Runtime(device, pick_dtype(dtype, device), rank, local, world)
 
 
@@ -186,14 +200,25 @@ def stop():
         dist.destroy_process_group()
 
 
+def lost_peer(error) -> bool:
+    """Whether an error means that another process of the run died, hangs, or cannot be reached."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting")
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in words)
+
+
+class Stopped(Exception):
+    """A signal asks the run to stop; raised on every rank at the same place."""
+
+
 class StopSignals:
     """Context in which SIGTERM, SIGUSR1 (Slurm's notice) and Ctrl-C only set `.received`, to be looked at
-    between steps. A second Ctrl-C exits at once."""
+    where the run can stop without loss. A second Ctrl-C exits at once."""
 
     NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+    received = 0
 
     def __enter__(self):
-        self.received, self.before = 0, {}
+        self.before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for name in self.NAMES:
                 if hasattr(signal, name):
@@ -205,6 +230,11 @@ class StopSignals:
         if self.received == number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
+
+    def check(self):
+        """Raises Stopped if this process has been told to stop."""
+        if self.received:
+            raise Stopped
 
     def __exit__(self, *exc):
         for number, handler in self.before.items():

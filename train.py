@@ -4,7 +4,7 @@ Notable: a run is a pure function of its configuration. The data order and the d
 computed from (seed, position), never drawn from a stream that something else could move, so
 evaluating, sampling, saving, logging or being killed and started again changes nothing. The loss
 is the true mean over the whole global batch, and no update is applied before it is known to be
-finite on every rank.
+finite on every rank. Training waits for a checkpoint to be copied, not for the disk.
 """
 
 import math
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -106,6 +107,8 @@ class TrainConfig:
     compile: str = flag(
         "auto", "torch.compile the training step: auto (on CUDA), on, off", choices=("auto", "on", "off")
     )
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer state: for models that outgrow one device")
+    timeout: float = flag(1800.0, "seconds that a process waits for another before the run fails", at_least=1)
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, about a third slower")
     eval_only: bool = flag(False, "evaluate --checkpoint, or the run's newest, and stop")
     checkpoint: str | None = flag(None, "with --eval_only: a run's directory or one checkpoint")
@@ -170,6 +173,8 @@ def problems(c: TrainConfig, world=1) -> list[str]:
     if tokens > 0 and c.total_batch_tokens % tokens:
         share = f"batch_size {c.batch_size} x block_size {c.block_size} x {world} device(s) = {tokens:,}"
         found.append(f"total_batch_tokens {c.total_batch_tokens:,} does not divide by {share}")
+    if c.fsdp and (world == 1 or c.dtype == "float16" or c.compile == "on"):
+        found.append("fsdp is for several processes (torchrun), float32 or bfloat16, and without compile")
     if c.checkpoint and not c.eval_only:
         found.append("checkpoint goes with eval_only; to continue a run from a checkpoint use resume")
     return found
@@ -200,12 +205,15 @@ class Run:
     examples: list | None  # HellaSwag's
     model: GPT  # the plain module: evaluates, samples, is saved
     step_model: torch.nn.Module  # the same weights, compiled and distributed: trains
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
+    optimizer: torch.optim.Optimizer | None  # None where nothing is trained
+    scaler: torch.amp.GradScaler | None  # does nothing unless dtype is float16
+    signals: runtime.StopSignals = field(default_factory=runtime.StopSignals)
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0  # of training, over all sessions
     saved_step: int = -1  # of the newest checkpoint known to be good
+    background: ThreadPoolExecutor | None = None  # writes checkpoints
+    saving: Future | None = None  # the one being written, on rank 0
     metrics: Metrics | None = None
     wandb: Wandb | None = None
     progress: Progress | None = None
@@ -231,11 +239,23 @@ class Run:
             self.wandb.log(row)
         return row
 
-    def due(self, kind, interval, from_start=False) -> bool:
-        """Whether `kind` is to be done at this step and has not been yet, perhaps before a restart."""
-        at_start = from_start or self.step > 0
-        on_time = at_start and interval > 0 and (self.step % interval == 0 or self.step == self.config.max_steps)
-        return on_time and (kind, self.step) not in self.metrics.done
+    def due(self) -> list[str]:
+        """What is to be evaluated at this step and has not been yet, perhaps before a restart."""
+        c = self.config
+        intervals = {"val": c.eval_interval, "hellaswag": c.hellaswag_interval if self.examples else 0,
+                     "sample": c.sample_interval}  # fmt: skip
+        due = [k for k, n in intervals.items() if n and (self.step % n == 0 or self.step == c.max_steps)]
+        return [k for k in due if (k, self.step) not in self.metrics.done and (self.step > 0 or k == "val")]
+
+    def stop_asked(self) -> bool:
+        """Whether this process wants the run to stop: a signal came, or a checkpoint could not be written."""
+        failed = self.saving and self.saving.done() and self.saving.exception()
+        return bool(self.signals.received or failed)
+
+    def poll(self):
+        """Raises Stopped on every rank if one wants to stop. All ranks call it together, between two batches."""
+        if self.rt.sum(self.stop_asked())[0]:
+            raise runtime.Stopped
 
 
 def val_directory(c: TrainConfig) -> str:
@@ -247,40 +267,65 @@ def open_data(c: TrainConfig, rt):
     """(tokenizer, training data, validation data), checked against each other."""
     if c.data_dir == PRESETS["demo"].data_dir:
         rt.from_main(lambda: prepare_demo(c.data_dir))
-    _, manifest = find_shards(c.data_dir, "train")  # missing data is the first thing to say
+    find_shards(c.data_dir, "train")  # missing data is the first thing to say
     kept = Path(c.data_dir, "tokenizer")
     tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"))
-    theirs = manifest.get("tokenizer") or {}
-    if "fingerprint" in theirs and theirs["fingerprint"] != tokenizer.fingerprint():
-        raise UserError(
-            f"{c.data_dir} was made with tokenizer {theirs.get('name')!r} ({theirs.get('vocab_size')} ids), "
-            f"not with {tokenizer.name!r} ({tokenizer.vocab_size} ids); leave --tokenizer out or prepare the data anew"
-        )
     train_data = FineWebDataset(c.data_dir, c.block_size, "train", tokenizer.vocab_size)
     val_data = FineWebDataset(val_directory(c), c.block_size, "val", tokenizer.vocab_size)
+    for data in (train_data, val_data):
+        refuse_other_tokenizer(data, tokenizer)
     refuse_overlap(train_data, val_data)
     return tokenizer, train_data, val_data
+
+
+def refuse_other_tokenizer(data, tokenizer):
+    theirs = data.manifest.get("tokenizer") or {}
+    if "fingerprint" in theirs and theirs["fingerprint"] != tokenizer.fingerprint():
+        raise UserError(
+            f"{data.directory} was made with tokenizer {theirs.get('name')!r} ({theirs.get('vocab_size')} ids), "
+            f"not with {tokenizer.name!r} ({tokenizer.vocab_size} ids); name the data's own, or prepare the data anew"
+        )
+
+
+def load_hellaswag(c: TrainConfig, rt):
+    if c.hellaswag_interval:
+        return rt.from_main(lambda: hellaswag_eval.load_examples(c.hellaswag_data, c.hellaswag_limit))
+    return None
 
 
 def set_up(c: TrainConfig, rt) -> Run:
     """Data, model and optimizer of a run at step 0."""
     tokenizer, train_data, val_data = open_data(c, rt)
-    examples = None
-    if c.hellaswag_data if c.eval_only else c.hellaswag_interval:
-        examples = rt.from_main(lambda: hellaswag_eval.load_examples(c.hellaswag_data, c.hellaswag_limit))
+    examples = load_hellaswag(c, rt)
     torch.manual_seed(c.seed)
-    model = GPT(c.model_config(tokenizer.vocab_size)).to(rt.device)
+    model = GPT(c.model_config(tokenizer.vocab_size))
     model.grad_checkpoint = c.grad_checkpoint
+    model = shard(model, rt) if c.fsdp else model.to(rt.device)
     optimizer = torch.optim.AdamW(
         model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"
     )
     step_model = model
-    if c.compile == "on" or (c.compile == "auto" and rt.device.type == "cuda"):
+    if c.compile == "on" or (c.compile == "auto" and rt.device.type == "cuda" and not c.fsdp):
         step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
-    if rt.world > 1:
-        step_model = DistributedDataParallel(step_model)
+    if rt.world > 1 and not c.fsdp:
+        step_model = DistributedDataParallel(step_model, broadcast_buffers=False, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
-    return Run(c, rt, tokenizer, train_data, val_data, examples, model, step_model, optimizer, scaler)
+    r = Run(c, rt, tokenizer, train_data, val_data, examples, model, step_model, optimizer, scaler)
+    rt.refuse_disagreement(r.identity)
+    return r
+
+
+def shard(model, rt):
+    """FSDP2 (Zhao et al. 2023): each rank keeps its part of every tensor and gathers a block's when it is used."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(rt.device.type, (rt.world,))
+    for module in (*model.h, model):
+        fully_shard(module, mesh=mesh)
+    for method in ("features", "logits"):  # by which evaluation and sampling enter the model
+        register_fsdp_forward_method(model, method)
+    return model
 
 
 def resume(r: Run):
@@ -337,10 +382,10 @@ def describe(r: Run):
 # A step.
 
 
-def train_step(r: Run, batch, stop=0):
+def train_step(r: Run, batch):
     """One update from one global batch: accumulate, reduce, clip, check, step.
 
-    Returns its row of metrics and whether any rank wants to `stop`. UserError, with nothing
+    Returns its row of metrics and whether any rank wants to stop. UserError, with nothing
     updated, if the loss or the gradient is not finite."""
     c, rt = r.config, r.rt
     r.step_model.train()
@@ -348,8 +393,7 @@ def train_step(r: Run, batch, stop=0):
     for micro, (x, y) in enumerate(zip(batch.x, batch.y)):
         # dropout's masks are a function of the position, so nothing that draws numbers elsewhere can move them
         torch.manual_seed(int(key64(c.seed, r.step, micro, rt.rank)[0]) % 2**63)
-        last = micro == len(batch.x) - 1
-        with nullcontext() if last or rt.world == 1 else r.step_model.no_sync():  # gradients travel once a step
+        with gradients_travel(r, micro == len(batch.x) - 1):  # once a step
             with rt.autocast():
                 loss = r.step_model(x, y)
             # the sum over this micro-batch, divided by the whole global batch's count; DDP averages over ranks
@@ -357,7 +401,8 @@ def train_step(r: Run, batch, stop=0):
         loss_sum += loss.detach()
     r.scaler.unscale_(r.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(r.model.parameters(), c.grad_clip or math.inf)
-    total, checksum, stop = rt.sum(loss_sum, batch.checksum, stop)
+    norm = norm.full_tensor() if c.fsdp else norm
+    total, checksum, stop = rt.sum(loss_sum, batch.checksum, r.stop_asked())
     loss, norm, lr = total / batch.n_targets, float(norm), lr_at(r.step, c)
     # fp16's scaler finds its scale by overshooting now and then: it skips such an update itself
     if not (math.isfinite(loss) and (math.isfinite(norm) or r.scaler.is_enabled())):
@@ -374,15 +419,23 @@ def train_step(r: Run, batch, stop=0):
     return {"loss": loss, "lr": lr, "grad_norm": norm, "checksum": int(checksum)}, stop > 0
 
 
-def train_steps(r: Run, signals) -> bool:
-    """Trains to the last step; True if a signal asks to stop before it (on any rank, for all)."""
+def gradients_travel(r: Run, now):
+    """Context in which the backward pass averages gradients over the ranks, or leaves them to a later one."""
+    if r.config.fsdp:
+        r.model.set_requires_gradient_sync(now)
+        return nullcontext()
+    return nullcontext() if now or r.rt.world == 1 else r.step_model.no_sync()
+
+
+def train_steps(r: Run):
+    """Trains to the last step. Raises Stopped between two steps if any rank wants to stop."""
     c, rt = r.config, r.rt
     loader = FineWebDataLoader(r.train_data, c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
     peak, flops = rt.peak_flops(), r.model.flops_per_token()
     with FineWebBatchIterator(loader, r.samples_seen, rt.device) as batches:
         while r.step < c.max_steps:
             began = time.perf_counter()
-            row, stop = train_step(r, next(batches), signals.received)
+            row, stop = train_step(r, next(batches))
             elapsed = time.perf_counter() - began
             r.seconds += elapsed
             rate = c.total_batch_tokens / elapsed
@@ -393,9 +446,8 @@ def train_steps(r: Run, signals) -> bool:
             text = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}  {rate:,.0f} tok/s"
             r.progress.update(r.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
             if stop:
-                return True
+                raise runtime.Stopped
             finish_step(r)
-    return False
 
 
 def finish_step(r: Run):
@@ -404,23 +456,16 @@ def finish_step(r: Run):
     saving = r.step > 0 and (r.step == c.max_steps or (c.save_interval and r.step % c.save_interval == 0))
     if saving and r.saved_step != r.step:
         save(r)
-    if r.due("val", c.eval_interval, from_start=True):
-        row = r.log("val", **validate(r))
-        r.progress.say(f"step {r.step}: validation " + report(row))
-        keep_best(r)
-    if r.examples and r.due("hellaswag", c.hellaswag_interval):
-        row = r.log("hellaswag", **hellaswag(r))
-        r.progress.say(f"step {r.step}: HellaSwag, completion convention, acc_norm {row['completion_acc_norm']:.4f}")
-    if r.due("sample", c.sample_interval):
-        text = r.rt.from_main(lambda: sample(r))
-        r.log("sample", prompt=c.sample_prompt, text=text)
-        r.progress.say(f"step {r.step}: sample: {c.sample_prompt}{text}\n")
+    for kind in r.due():
+        {"val": log_validation, "hellaswag": log_hellaswag, "sample": log_sample}[kind](r)
     if saving and r.rt.is_main:
         draw(r)
 
 
 def save(r: Run):
-    """A checkpoint of this step, then rotation. All ranks learn whether it worked."""
+    """Copies this step's state, and has it written, and old checkpoints removed, while training goes on."""
+    finish_saving(r)
+    tensors = checkpoint.snapshot(r.model, r.optimizer)
     state = {
         "step": r.step,
         "samples_seen": r.samples_seen,
@@ -429,14 +474,22 @@ def save(r: Run):
         "config": asdict(r.config),
         "scaler": r.scaler.state_dict() if r.scaler.is_enabled() else None,
     }
+    step, best = r.step, best_step(r)
 
     def write():
         r.metrics.sync()
-        checkpoint.save(r.config.run_dir, r.step, r.model, r.optimizer, state, r.tokenizer)
-        checkpoint.rotate(r.config.run_dir, r.config.keep_last, best_step(r))
+        checkpoint.save(r.config.run_dir, step, r.model.config, tensors, state, r.tokenizer)
+        checkpoint.rotate(r.config.run_dir, r.config.keep_last, best)
 
-    r.rt.from_main(write)
-    r.saved_step = r.step
+    if r.rt.is_main:
+        r.saving = r.background.submit(write)
+    r.saved_step = step
+
+
+def finish_saving(r: Run):
+    """Waits until the checkpoint in flight is on the disk. If that failed, every rank raises its error."""
+    r.rt.from_main(lambda: r.saving and r.saving.result())
+    keep_best(r)
 
 
 def best_step(r: Run) -> int | None:
@@ -475,6 +528,7 @@ def validate(r: Run) -> dict:
     sizes = r.tokenizer.token_bytes()
     sizes = None if sizes is None else torch.tensor(sizes)
     for x, y in first_windows(r.val_data, r.config.val_tokens, r.config.batch_size, r.rt.rank, r.rt.world):
+        r.poll()
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         with r.rt.autocast():
             nats += float(r.model(x.to(r.rt.device), y.to(r.rt.device)))
@@ -485,6 +539,12 @@ def validate(r: Run) -> dict:
     loss = nats / targets
     bits = nats / math.log(2) / text_bytes if text_bytes else None
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits, "targets": int(targets)}
+
+
+def log_validation(r: Run):
+    row = r.log("val", **validate(r))
+    r.progress.say(f"step {r.step}: validation {report(row)}")
+    keep_best(r)
 
 
 def perplexity(loss) -> float:
@@ -503,30 +563,36 @@ def hellaswag(r: Run) -> dict:
         )
 
 
-def sample(r: Run) -> str:
-    with r.rt.autocast():
-        return inference.sample_text(
-            r.model,
-            r.tokenizer,
-            r.config.sample_prompt,
-            inference.PRESETS["nucleus"],
-            max_new_tokens=64,
-            seed=r.config.seed,
-        )[0]
+def log_hellaswag(r: Run):
+    row = r.log("hellaswag", **hellaswag(r))
+    r.progress.say(f"step {r.step}: HellaSwag, completion convention, acc_norm {row['completion_acc_norm']:.4f}")
+
+
+def log_sample(r: Run):
+    c, rt = r.config, r.rt
+
+    def sample(poll):
+        with rt.autocast():
+            options = dict(max_new_tokens=64, seed=c.seed, poll=poll)
+            return inference.sample_text(r.model, r.tokenizer, c.sample_prompt, inference.PRESETS["nucleus"], **options)
+
+    # a sharded model needs all ranks for each token; they draw the same ones
+    [text] = sample(r.poll) if c.fsdp else rt.from_main(lambda: sample(r.signals.check))
+    r.log("sample", prompt=c.sample_prompt, text=text)
+    r.progress.say(f"step {r.step}: sample: {c.sample_prompt}{text}\n")
 
 
 def evaluate_only(c: TrainConfig, rt) -> dict:
     """--eval_only: every number of one checkpoint, printed and returned."""
-    r = set_up(c, rt)
     path = rt.from_main(lambda: checkpoint.find_checkpoint(c.checkpoint or c.run_dir))
     model, tokenizer = checkpoint.load_model(path, rt.device)
-    if tokenizer.fingerprint() != r.tokenizer.fingerprint():
-        raise UserError(f"{path} has another tokenizer than {c.data_dir}; name data made with its own")
-    r.model, r.config = model, replace(c, block_size=model.config.block_size)
-    r.val_data = FineWebDataset(val_directory(c), model.config.block_size, "val", tokenizer.vocab_size)
+    val_data = FineWebDataset(val_directory(c), model.config.block_size, "val", tokenizer.vocab_size)
+    refuse_other_tokenizer(val_data, tokenizer)
+    r = Run(c, rt, tokenizer, None, val_data, None, model, model, None, None)
     result = {"checkpoint": str(path), **validate(r)}
     if rt.is_main:
-        print(f"{path}: validation {report(result)}")
+        print(f"{path}: validation {report(result)}", flush=True)
+    r.examples = load_hellaswag(c, rt)
     if r.examples:
         result |= hellaswag(r)
         if rt.is_main:
@@ -542,31 +608,31 @@ def train(config: TrainConfig) -> dict:
 
     Returns its summary: run_dir, step, tokens, val_loss, perplexity, and `signal` if one ended it early."""
     with ExitStack() as stack:
-        rt = runtime.start(config.device, config.dtype)
+        rt = runtime.start(config.device, config.dtype, config.timeout)
         stack.callback(runtime.stop)
         wrong = problems(config, rt.world)
         if wrong:
             raise UserError("; ".join(wrong))
-        if len({str(asdict(other)) for other in rt.gather(config)}) > 1:
-            raise UserError("the processes of this run were started with different flags")
+        rt.refuse_disagreement(asdict(config))
         if config.eval_only:
             return evaluate_only(config, rt)
         r = set_up(config, rt)
         if rt.is_main:
             stack.enter_context(checkpoint.RunLock(config.run_dir))
-        signals = stack.enter_context(runtime.StopSignals())
+        stack.enter_context(r.signals)
         resume(r)
         r.metrics = Metrics(config.run_dir / "metrics.jsonl", r.step, writes=rt.is_main)
         stack.callback(r.metrics.close)
-        return run_to_end(r, signals, stack)
+        r.background = stack.enter_context(ThreadPoolExecutor(1))  # leaving it waits for the save in flight
+        return run_to_end(r, stack)
 
 
-def run_to_end(r: Run, signals, stack) -> dict:
+def run_to_end(r: Run, stack) -> dict:
     c, rt = r.config, r.rt
     r.progress = Progress(r.step, c.max_steps, rt.is_main)
     stack.callback(r.progress.close)
-    summary = {"run_dir": str(c.run_dir), "step": r.step, "tokens": r.tokens, "signal": 0}
-    if r.step >= c.max_steps and not pending(r):
+    summary = {"run_dir": str(c.run_dir), "signal": 0}
+    if r.step >= c.max_steps and not r.due():
         r.progress.say(f"{c.run_dir}: already at step {r.step} of {c.max_steps}")
         return summary | final_values(r)
     if rt.is_main:
@@ -575,31 +641,25 @@ def run_to_end(r: Run, signals, stack) -> dict:
         if c.wandb_project:
             r.wandb = Wandb(c.wandb_project, c.wandb_run_name, c.run_dir, asdict(c))
             stack.callback(r.wandb.close)
-    finish_step(r)  # the first validation; or what a restart found undone
-    if train_steps(r, signals):
+    try:
+        finish_step(r)  # the first validation; or what a restart found undone
+        train_steps(r)
+    except runtime.Stopped:
+        finish_saving(r)
         if r.saved_step != r.step:
             save(r)
-        r.progress.say(
-            f"signal {signals.received}: stopped after step {r.step}, saved in {c.run_dir}; run again to go on"
-        )
-        summary["signal"] = max(rt.gather(signals.received))
-    return summary | {"step": r.step, "tokens": r.tokens} | final_values(r)
-
-
-def pending(r: Run) -> bool:
-    c = r.config
-    return (
-        r.due("val", c.eval_interval)
-        or bool(r.examples and r.due("hellaswag", c.hellaswag_interval))
-        or r.due("sample", c.sample_interval)
-    )
+        summary["signal"] = max(rt.gather(r.signals.received))
+    finish_saving(r)
+    if summary["signal"]:
+        said = f"signal {summary['signal']}: stopped after step {r.step}, saved in {c.run_dir}; run again to go on"
+        r.progress.say(said)
+    return summary | final_values(r)
 
 
 def final_values(r: Run) -> dict:
-    if not r.metrics.vals:
-        return {"val_loss": None, "perplexity": None}
-    loss = r.metrics.vals[max(r.metrics.vals)]
-    return {"val_loss": loss, "perplexity": perplexity(loss)}
+    loss = r.metrics.vals[max(r.metrics.vals)] if r.metrics.vals else None
+    known = {"val_loss": loss, "perplexity": None if loss is None else perplexity(loss)}
+    return {"step": r.step, "tokens": r.tokens, **known}
 
 
 def introduce(r: Run):
@@ -637,6 +697,13 @@ def main(argv=None) -> int:
         raise UserError(
             f"out of memory at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
             "or add --grad_checkpoint. Saved checkpoints are intact"
+        ) from error
+    except RuntimeError as error:  # torch.distributed's errors are such
+        if not runtime.lost_peer(error):
+            raise
+        raise UserError(
+            f"another process of this run is gone or has not answered for --timeout {config.timeout:g} seconds "
+            f"({str(error).splitlines()[0]}); saved checkpoints are intact: start all processes again"
         ) from error
     if result.get("signal"):
         return 128 + result["signal"]

@@ -5,12 +5,16 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: no test reaches the network
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import train as train_module
+from data_processing_fineweb import ShardWriter
 from tokenizer import TextTokenizer
+from train import TrainConfig
 
 torch.set_num_threads(1)  # the models here are too small to share, and one thread repeats its sums exactly
 settings.register_profile("repository", deadline=None, derandomize=True)  # the same examples on every run
@@ -40,3 +44,50 @@ def byte_tokenizer() -> TextTokenizer:
     backend.train_from_iterator([text for _, text in sorted(topics.topics.items())][:20], trainer)
     backend.add_special_tokens(["<|endoftext|>"])
     return TextTokenizer(backend, "byte")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, byte_tokenizer):
+    """Four shards of unequal length, none a multiple of T = 32, in which the next token can be guessed."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    facts = {"name": "byte", "vocab_size": 512, "fingerprint": byte_tokenizer.fingerprint()}
+    for name, sizes in (("data", (1999, 1500, 701, 1000)), ("data_val", (1300,))):
+        writer = ShardWriter(folder / name, 512, 10_000)
+        for size in sizes:
+            writer.add(np.cumsum(rng.integers(1, 4, size)) % 512, size * 3)
+            writer.flush()
+        writer.close(tokenizer=facts)
+        (folder / name / "tokenizer").mkdir()
+        byte_tokenizer.save(folder / name / "tokenizer")
+    return folder / "data"
+
+
+@pytest.fixture
+def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
+    """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""
+    monkeypatch.setattr(train_module, "draw", lambda r: None)
+    return TrainConfig(
+        run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,
+        n_embd=32, dropout=0.1, max_steps=40, batch_size=4, total_batch_tokens=256, lr=3e-3, min_lr=3e-4,
+        eval_interval=10, val_tokens=600, hellaswag_interval=0, sample_interval=20, save_interval=5, keep_last=2,
+        device="cpu", dtype="float32", compile="off",
+    )  # fmt: skip
+
+
+counts = {}  # of what the long suites did, by name
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """tally(name, n): adds to what the last line of the test run tells."""
+
+    def add(name, n=1):
+        counts[name] = counts.get(name, 0) + n
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if counts:
+        terminalreporter.write_line(", ".join(f"{name} {n:,}" for name, n in counts.items()))

@@ -16,6 +16,10 @@ from files import read_json
 from model import GPT, GPTConfig
 
 
+def save(directory, step, model, optimizer, state, tokenizer):
+    return checkpoint.save(directory, step, model.config, checkpoint.snapshot(model, optimizer), state, tokenizer)
+
+
 def build(seed=0):
     torch.manual_seed(seed)
     model = GPT(
@@ -38,7 +42,7 @@ def run_dir(tmp_path, byte_tokenizer):
     model, optimizer = build()
     for step in (1, 2, 3):
         one_step(model, optimizer)
-        checkpoint.save(tmp_path / "run", step, model, optimizer, {"step": step}, byte_tokenizer)
+        save(tmp_path / "run", step, model, optimizer, {"step": step}, byte_tokenizer)
     return tmp_path / "run"
 
 
@@ -111,7 +115,7 @@ def test_newest_run_is_found_without_a_name(run_dir, tmp_path, monkeypatch, byte
         checkpoint.find_checkpoint()
     model, optimizer = build()
     for i, name in enumerate(("older", "newer")):
-        path = checkpoint.save(Path("checkpoints") / name, 9 - i, model, optimizer, {}, byte_tokenizer)
+        path = save(Path("checkpoints") / name, 9 - i, model, optimizer, {}, byte_tokenizer)
         os.utime(path, (1e9 + i, 1e9 + i))
     assert checkpoint.find_checkpoint() == Path("checkpoints/newer/step_00000008")
 
@@ -137,7 +141,7 @@ def test_a_full_disk_leaves_no_trace_and_says_how_much_is_needed(run_dir, monkey
     before = sorted(p.name for p in run_dir.iterdir())
     monkeypatch.setattr(*((checkpoint, victim) if victim == "save_file" else (os, victim)), full)
     with pytest.raises(UserError, match=r"No space left.* needs about [\d,]+ bytes and [\d,]+ are free"):
-        checkpoint.save(run_dir, 4, *build(), {}, byte_tokenizer)
+        save(run_dir, 4, *build(), {}, byte_tokenizer)
     monkeypatch.undo()
     assert sorted(p.name for p in run_dir.iterdir()) == before
     checkpoint.verify(run_dir / "step_00000003")
@@ -148,7 +152,7 @@ def test_files_follow_the_umask(tmp_path, byte_tokenizer):
     """safetensors writes 0600, which locks out the group that shares the disk."""
     before = os.umask(0o027)
     try:
-        path = checkpoint.save(tmp_path, 1, *build(), {}, byte_tokenizer)
+        path = save(tmp_path, 1, *build(), {}, byte_tokenizer)
     finally:
         os.umask(before)
     assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {0o640}

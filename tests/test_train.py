@@ -10,85 +10,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import checkpoint
 import train as train_module
-from data_processing_fineweb import ShardWriter
 from errors import UserError, run
 from files import read_json
+from toy import ROOT, losses, start, trace, vals, wait_for_step
 from tracking import read_rows
 from train import PRESETS, TrainConfig, lr_at, parse, problems, train
-
-ROOT = Path(__file__).parent.parent
-TRACE = ("step", "loss", "grad_norm", "lr", "checksum", "samples_seen")
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory, byte_tokenizer):
-    """Four shards of unequal length, none a multiple of T = 32, in which the next token can be guessed."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    facts = {"name": "byte", "vocab_size": 512, "fingerprint": byte_tokenizer.fingerprint()}
-    for name, sizes in (("data", (1999, 1500, 701, 1000)), ("data_val", (1300,))):
-        writer = ShardWriter(folder / name, 512, 10_000)
-        for size in sizes:
-            writer.add(np.cumsum(rng.integers(1, 4, size)) % 512, size * 3)
-            writer.flush()
-        writer.close(tokenizer=facts)
-        (folder / name / "tokenizer").mkdir()
-        byte_tokenizer.save(folder / name / "tokenizer")
-    return folder / "data"
-
-
-@pytest.fixture
-def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
-    """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""
-    monkeypatch.setattr(train_module, "draw", lambda r: None)
-    return TrainConfig(
-        run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,
-        n_embd=32, dropout=0.1, max_steps=40, batch_size=4, total_batch_tokens=256, lr=3e-3, min_lr=3e-4,
-        eval_interval=10, val_tokens=600, hellaswag_interval=0, sample_interval=20, save_interval=5, keep_last=2,
-        device="cpu", dtype="float32", compile="off",
-    )  # fmt: skip
-
-
-def trace(config) -> list[tuple]:
-    """Per step everything that must not change, floats to the last bit."""
-    rows = [r for r in read_rows(config.run_dir / "metrics.jsonl") if r["kind"] == "train"]
-    return [tuple(v.hex() if isinstance(v := row[k], float) else v for k in TRACE) for row in rows]
-
-
-def losses(config):
-    return [r["loss"] for r in read_rows(config.run_dir / "metrics.jsonl") if r["kind"] == "train"]
-
-
-def vals(config):
-    return {r["step"]: r["loss"] for r in read_rows(config.run_dir / "metrics.jsonl") if r["kind"] == "val"}
-
-
-def as_flags(config) -> list[str]:
-    changed = {k: v for k, v in vars(config).items() if v != getattr(PRESETS["gpt2-124m"], k)}
-    return [part for k, v in changed.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-
-
-def start(config, *before, **environment):
-    """The real command line in another process."""
-    command = [*before, str(ROOT / "train.py"), *as_flags(config)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
-
-
-def wait_for_step(config, step, process):
-    for _ in range(1200):
-        if process.poll() is not None or any(r["step"] >= step for r in read_rows(config.run_dir / "metrics.jsonl")):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} never came")
-
 
 # --- the schedule and the arguments
 
@@ -133,7 +65,7 @@ def test_all_argument_problems_are_said_at_once(capsys):
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--data_dir", "nowhere"], ["nowhere", "prepare_fineweb.py", "--data_dir"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
-        (["--eval_only", "--checkpoint", "nowhere"], ["edu_fineweb10B"]),
+        (["--eval_only", "--checkpoint", "nowhere"], ["nowhere", "run's directory"]),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
@@ -332,7 +264,7 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
     train(replace(toy, max_steps=5))
     real = train_module.train_step
 
-    def poisoned(r, batch, stop=0):
+    def poisoned(r, batch):
         hook = r.model.ln_f.register_forward_hook(
             (lambda m, i, o: o * math.nan)
             if where == "loss"
@@ -340,7 +272,7 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
         )
         before = [p.detach().clone() for p in r.model.parameters()]
         try:
-            return real(r, batch, stop)
+            return real(r, batch)
         finally:
             hook.remove()
             assert all(torch.equal(a, b) for a, b in zip(before, r.model.parameters()))

@@ -14,6 +14,8 @@ import signal
 import sys
 import time
 
+import torch._dynamo  # noqa: F401 (every optimizer imports it: two seconds that the children need not spend)
+
 import train
 from errors import run
 

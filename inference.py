@@ -153,7 +153,7 @@ def new_cache(model, capacity):
     return KVCache(model.config, 1, capacity, weight.device, dtype)
 
 
-@torch.inference_mode()  # torch enters it anew for each step: the caller's code in between is outside
+@torch.no_grad()  # torch enters it anew for each step: the caller's code in between is outside
 def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, stop_token=None):
     """Yields, step by step, the next id of each sample: [int] * num_samples, None once it has ended.
 

@@ -518,7 +518,7 @@ def draw(r: Run):
 # Evaluation.
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP's buffers, made here, serve training too
 def validate(r: Run) -> dict:
     """Loss (nats per token), perplexity and bits per byte of text over the first val_tokens targets.
 

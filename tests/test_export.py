@@ -557,7 +557,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_PUT = do_POST
 
     def do_GET(self):
-        self.answer({})
+        self.answer({}, self.server.status)
 
     def answer(self, value, status=200):
         content = json.dumps(value).encode()

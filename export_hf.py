@@ -41,10 +41,7 @@ SIZES = {  # of config.json, and ours
     "hidden_size": "n_embd",
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-NOT_THE_FUNCTION = (  # keys of config.json that may differ while the model stays the same
-    *("architectures", "rope_theta", "rope_parameters", "bos_token_id", "eos_token_id", "torch_dtype"),
-    *("attention_dropout", "residual_dropout", "embedding_dropout"),
-)
+LARGEST_SIZE = 2**24  # of any of SIZES; a hostile config.json stops here
 TOLERANCE = 1e-4  # of logits, between two ways to order the same float32 sums
 GREEDY_TOKENS = 50
 STRINGS = (
@@ -118,28 +115,21 @@ def from_hf(theirs, c: GPTConfig) -> dict:
     return state
 
 
-def hf_config(c: GPTConfig, eot_token=None, dtype="float32") -> dict:
-    """config.json: all that decides what transformers computes, nothing left to its defaults."""
-    model_type, architecture = ARCHITECTURES[c.norm]
-    values = {"architectures": [architecture], "model_type": model_type}
+def hf_config(c: GPTConfig) -> dict:
+    """The keys of config.json that decide what transformers computes, none of them left to its defaults."""
+    values = {"model_type": ARCHITECTURES[c.norm][0]}
     values |= {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
     values |= {
         "num_key_value_heads": c.n_head,
         "intermediate_size": 4 * c.n_embd,
         "hidden_act": "gelu_pytorch_tanh",
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "rope_theta": c.rope_theta,  # where transformers 4 looks for it
         "tie_word_embeddings": True,
-        "attention_dropout": 0.0,
-        "bos_token_id": eot_token,
-        "eos_token_id": eot_token,
-        "torch_dtype": dtype,
     }
     if c.norm == "layernorm":
-        own = {"norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None}
-        return values | own | {"residual_dropout": 0.0, "embedding_dropout": 0.0}
-    own = {"rms_norm_eps": 1e-5, "attention_bias": c.bias, "mlp_bias": c.bias}
-    return values | own | {"head_dim": c.n_embd // c.n_head}
+        return values | {"norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None}
+    biases = {"attention_bias": c.bias, "mlp_bias": c.bias}
+    return values | biases | {"rms_norm_eps": 1e-5, "head_dim": c.n_embd // c.n_head}
 
 
 # ---------------------------------------------------------------------------------------
@@ -189,8 +179,10 @@ def through(model, dtype):
 
 def write_folder(folder, model, tokenizer, dtype):
     """Everything but the model card, flushed to the disk."""
-    eot = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
-    write_json(folder / CONFIG, hf_config(model.config, tokenizer.eot_token, dtype))
+    c, eot = model.config, {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
+    about = {"architectures": [ARCHITECTURES[c.norm][1]], "torch_dtype": dtype}
+    about["rope_theta"] = c.rope_theta  # where transformers 4 looks for it
+    write_json(folder / CONFIG, about | hf_config(c) | eot)
     write_json(folder / "generation_config.json", eot)
     tokenizer.save(folder)
     plain = read_json(folder / TOKENIZER) | {"post_processor": None}  # it might add tokens that ours never adds
@@ -200,11 +192,11 @@ def write_folder(folder, model, tokenizer, dtype):
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": marker,
         "eos_token": marker,
-        "model_max_length": model.config.block_size,
+        "model_max_length": c.block_size,
         "clean_up_tokenization_spaces": False,  # the default of transformers 4 eats spaces before punctuation
     }
     write_json(folder / "tokenizer_config.json", about)
-    tensors = {n: t.to(DTYPES[dtype]).contiguous() for n, t in to_hf(model.state_dict(), model.config).items()}
+    tensors = {n: t.to(DTYPES[dtype]).contiguous() for n, t in to_hf(model.state_dict(), c).items()}
     save_file(tensors, folder / MODEL, metadata={"format": "pt"})  # transformers 4 asks for it
     shutil.copymode(folder / CONFIG, folder / MODEL)  # the user's umask; safetensors alone gives 0600
     with open(folder / MODEL, "rb+") as f:
@@ -313,6 +305,7 @@ def card(path, model, dtype, measured) -> str:
     """README.md of the export: what the model is and what was measured at the checkpoint `path`, and no more."""
     c, step, run_dir = model.config, read_json(path / checkpoint.MANIFEST).get("step"), path.resolve().parent
     count = model.num_parameters() - (c.vocab_size - c.valid_vocab_size) * c.n_embd
+    rows = measurements(run_dir, step)
     sizes = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, context {c.block_size:,} tokens"
     differs = f"logits differ by at most {measured['logits']:.1e} on random ids over the whole context"
     if dtype != "float32":
@@ -320,7 +313,8 @@ def card(path, model, dtype, measured) -> str:
     table = {
         "checkpoint": f"{run_dir.name}, step {step}",
         "parameters": f"{count:,} ({sizes}, {c.valid_vocab_size:,} token ids)",
-        **results(measurements(run_dir, step)),
+        "training tokens": next((f"{row['tokens']:,}" for row in rows.values() if "tokens" in row), "not measured"),
+        **results(rows),
         **training(read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}),
         "export against checkpoint": differs,
     }
@@ -336,18 +330,20 @@ def card(path, model, dtype, measured) -> str:
 
 def results(rows) -> dict:
     """What was measured at the step, or that it was not."""
-    table = {"training tokens": "not measured", "validation loss": "not measured", "HellaSwag": "not measured"}
-    for row in rows.values():
-        table["training tokens"] = f"{row['tokens']:,}"
-    if val := rows.get("val"):
-        table["validation loss"] = f"{val['loss']:.4f} nats per token, on {val['targets']:,} tokens"
-        table["validation perplexity"] = f"{val['perplexity']:.2f}"
-        if val.get("bits_per_byte") is not None:
-            table["validation bits per byte"] = f"{val['bits_per_byte']:.4f}"
-    if score := rows.get("hellaswag"):
-        table["HellaSwag"] = f"{score['examples']:,} examples, chance 25 %"
-        for name in [n for n in score if f"{n}_stderr" in score]:
-            table[f"HellaSwag {name}"] = f"{100 * score[name]:.2f} % ± {100 * score[f'{name}_stderr']:.2f}"
+
+    def shown(row, key, form, unit=""):
+        value = rows.get(row, {}).get(key)
+        return "not measured" if value is None else f"{value:{form}}{unit}"
+
+    table = {
+        "validation loss": shown("val", "loss", ".4f", " nats per token"),
+        "validation perplexity": shown("val", "perplexity", ".2f"),
+        "validation bits per byte": shown("val", "bits_per_byte", ".4f"),
+        "HellaSwag examples": shown("hellaswag", "examples", ",", " (chance is 25 %)"),
+    }
+    score = rows.get("hellaswag", {})
+    for name in [n for n in score if f"{n}_stderr" in score]:
+        table[f"HellaSwag {name}"] = f"{100 * score[name]:.2f} % ± {100 * score[f'{name}_stderr']:.2f}"
     return table
 
 
@@ -438,42 +434,39 @@ def read_config(folder) -> GPTConfig:
     """Our config, from a config.json that describes exactly our model; UserError names every value that does not."""
     path = folder / CONFIG
     found = read_json(path)
-    norm = {model_type: norm for norm, (model_type, _) in ARCHITECTURES.items()}.get(str(found.get("model_type")))
+    norms = {model_type: norm for norm, (model_type, _) in ARCHITECTURES.items()}
+    norm, rope = norms.get(str(found.get("model_type"))), rope_parameters(found)
     if norm is None:
-        raise UserError(f"{path}: model_type is {found.get('model_type')!r}, expected 'starcoder2' or 'arcee'")
-    rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")} | (found.get("rope_scaling") or {})
-    theta = rope.get("rope_theta")
-    wrong = [f"{name} is {found.get(name)!r}, expected a number" for name in SIZES if type(found.get(name)) is not int]
-    if (
-        type(theta) not in (int, float)
-        or {"rope_type": "default", "rope_theta": theta} != {"rope_type": "default"} | rope
-    ):
-        wrong.append(f"rope_parameters are {rope}, expected rope_type 'default' and rope_theta alone")
+        raise UserError(f"{path}: model_type is {found.get('model_type')!r}, expected one of {', '.join(norms)}")
+    numbers = {name: (found.get(name), (int,)) for name in SIZES} | {"rope_theta": (rope["rope_theta"], (int, float))}
+    wrong = [f"{k} is {n!r}" for k, (n, kinds) in numbers.items() if type(n) not in kinds or not 0 < n <= LARGEST_SIZE]
     if wrong:
-        raise UserError(f"{path}: {'; '.join(wrong)}")
-    rows = found["vocab_size"]
+        raise UserError(f"{path}: {', '.join(wrong)}; expected a number above 0, at most {LARGEST_SIZE:,}")
     config = GPTConfig(
         **{ours: found[theirs] for theirs, ours in SIZES.items()},
-        vocab_size=-(-rows // 64) * 64,
+        vocab_size=-(-found["vocab_size"] // 64) * 64,
         dropout=0.0,
         bias=norm == "layernorm" or found.get("attention_bias") is True,
         norm=norm,
-        rope_theta=float(theta),
+        rope_theta=float(rope["rope_theta"]),
     )
     if config.problems():
         raise UserError(f"{path}: {'; '.join(config.problems())}")
-    absent = {
-        "tie_word_embeddings": norm == "layernorm",
-        "sliding_window": None,
-        "head_dim": hf_config(config).get("head_dim"),
-    }
-    found = absent | found  # what transformers takes where a key is not there
-    for name, expected in hf_config(config).items():
-        if name not in NOT_THE_FUNCTION and found.get(name) != expected:
-            wrong.append(f"{name} is {found.get(name)!r}, expected {expected!r}")
+    absent = {"tie_word_embeddings": norm == "layernorm", "sliding_window": None}  # what transformers takes then
+    found = {**absent, "head_dim": config.n_embd // config.n_head, **found, "rope_parameters": rope}
+    expected = hf_config(config)
+    wrong = [f"{k} is {found.get(k)!r}, expected {v!r}" for k, v in expected.items() if found.get(k) != v]
     if wrong:
         raise UserError(f"{path}: this is not our model: {'; '.join(wrong)}")
     return config
+
+
+def rope_parameters(found) -> dict:
+    """As transformers 5 writes them, also from the rope_theta and rope_scaling of transformers 4."""
+    rope = {"rope_type": "default", "rope_theta": found.get("rope_theta")}
+    for part in (found.get("rope_scaling"), found.get("rope_parameters")):
+        rope |= part if isinstance(part, dict) else {}
+    return rope
 
 
 def tensor_files(folder) -> dict[str, Path]:
@@ -585,6 +578,8 @@ def main(argv=None):
     path = checkpoint.find_checkpoint(args.checkpoint)
     out_dir = Path(args.out_dir or f"hf_{path.resolve().parent.name}")
     measured = export(path, out_dir, args.dtype or "float32")
+    if checkpoint.read_config(path / checkpoint.CONFIG).norm == "rmsnorm":
+        print(f"note: {' '.join(ARCEE_NOTE.split())}", file=sys.stderr)
     print(f"{out_dir}: verified with transformers, logits differ by at most {measured['logits']:.1e}")
     if args.push_to_hub:
         print(push(out_dir, args.push_to_hub))

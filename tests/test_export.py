@@ -254,6 +254,7 @@ def test_auto_tokenizer_gives_our_ids_and_our_text(exported, tokenizer):
     for text in (*export_hf.STRINGS, "A , b . c ! it 's n't", "\n\n  x"):
         ids = tokenizer.encode(text)
         assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == tokenizer.decode(ids) == text
+    assert theirs.clean_up_tokenization_spaces is False, "transformers 4 would obey it"
     assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eot_token
     assert theirs.model_max_length == 64 and len(theirs) == VALID
 
@@ -392,6 +393,21 @@ def test_all_differences_come_at_once(exported, tmp_path):
         export_hf.import_folder(exported, tmp_path / "back")
 
 
+def test_no_junk_in_a_config_ends_in_a_traceback(exported, tmp_path):
+    """Any JSON may stand in a stranger's file; each value of each key is taken or refused, and 10^400 is a number."""
+    values, taken = json.loads((exported / "config.json").read_text()), set()
+    for name in values:
+        for i, junk in enumerate((None, [], {}, {"x": 1}, "x", "", True, -1, 2**40, 10**400, 1e999, float("nan"))):
+            (exported / "config.json").write_text(json.dumps(values | {name: junk}))
+            try:
+                export_hf.import_folder(exported, tmp_path / f"{name}{i}")
+                taken.add(name)
+            except UserError as error:
+                assert "\n" not in str(error)
+    spare = {"rope_theta", "torch_dtype", "architectures", "bos_token_id", "eos_token_id"}
+    assert taken == spare | {"rope_parameters", "sliding_window", "use_bias", "tie_word_embeddings"}
+
+
 BIAS, NORM = "model.layers.1.mlp.c_fc.bias", "model.norm.weight"
 DAMAGE = {
     "missing": (lambda t: t.pop(BIAS), f"tensor {BIAS} is missing"),
@@ -520,6 +536,14 @@ def test_the_card_says_what_was_not_measured(tmp_path, tokenizer):
 
 # ---------------------------------------------------------------------------------------
 # The command line, and the hub.
+
+
+def test_the_warning_that_comes_with_rmsnorm_is_also_printed(tmp_path, tokenizer, capsys):
+    """llama.cpp would run such a model without a word, with another activation."""
+    path = save(tmp_path / "run", spread(norm="rmsnorm"), tokenizer)
+    export_hf.main(["--checkpoint", str(path), "--out_dir", str(tmp_path / "hf")])
+    out, err = capsys.readouterr()
+    assert "llama.cpp computes every Arcee model" in err and err.count("\n") == out.count("\n") == 1
 
 
 def test_both_ways_on_the_command_line(saved, tmp_path, monkeypatch, capsys):

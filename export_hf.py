@@ -387,7 +387,7 @@ marker's name inside a text as the marker, as transformers does; in training suc
 {note}"""
 ARCEE_NOTE = """
 transformers (and what runs on it) reads the activation from config.json. llama.cpp computes every Arcee model
-with squared ReLU, so its output would be wrong; vLLM's own Arcee refuses GELU (`--model-impl transformers` works).
+with squared ReLU, so its output would be wrong, and vLLM's own Arcee refuses GELU.
 """
 
 # ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import export_hf
 import model as model_file
 from model import (
     GPT,
@@ -78,68 +79,15 @@ class Watch(TorchDispatchMode):
 # Parity with transformers.
 
 
-def half_split(weight, n_head):
-    """Rows of a q or k projection from our adjacent pairs (0,1)(2,3)… to the pairs (i, i + D/2) of transformers."""
-    heads = weight.unflatten(0, (n_head, -1))
-    return torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).flatten(0, 1)
-
-
-def in_transformers(model, permute=half_split):
+def in_transformers(model):
     """The same weights as Starcoder2 (LayerNorm) or Arcee (RMSNorm), with attention written out ("eager")."""
-    from transformers import ArceeConfig, ArceeForCausalLM, Starcoder2Config, Starcoder2ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    c = model.config
-    shared = {
-        "vocab_size": c.valid_vocab_size,
-        "hidden_size": c.n_embd,
-        "intermediate_size": 4 * c.n_embd,
-        "num_hidden_layers": c.n_layer,
-        "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_head,
-        "hidden_act": "gelu_pytorch_tanh",
-        "max_position_embeddings": c.block_size,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "attn_implementation": "eager",
-    }
-    if c.norm == "layernorm":
-        other = Starcoder2ForCausalLM(Starcoder2Config(**shared, norm_epsilon=1e-5, use_bias=True))
-        fc, proj = "mlp.c_fc", "mlp.c_proj"
-    else:
-        biases = {"attention_bias": c.bias, "mlp_bias": c.bias}
-        other = ArceeForCausalLM(ArceeConfig(**shared, rms_norm_eps=1e-5, **biases))
-        fc, proj = "mlp.up_proj", "mlp.down_proj"
-
-    ours, theirs = model.state_dict(), {}
-    theirs["model.embed_tokens.weight"] = ours["wte.weight"][: c.valid_vocab_size]
-
-    def copy(source, target):
-        for kind in ("weight", "bias"):
-            if f"{source}.{kind}" in ours:
-                theirs[f"{target}.{kind}"] = ours[f"{source}.{kind}"]
-
-    copy("ln_f", "model.norm")
-    for layer in range(c.n_layer):
-        a, b = f"h.{layer}", f"model.layers.{layer}"
-        copy(f"{a}.ln_1", f"{b}.input_layernorm")
-        copy(f"{a}.ln_2", f"{b}.post_attention_layernorm")
-        copy(f"{a}.attn.c_proj", f"{b}.self_attn.o_proj")
-        copy(f"{a}.mlp.c_fc", f"{b}.{fc}")
-        copy(f"{a}.mlp.c_proj", f"{b}.{proj}")
-        for kind in ("weight", "bias") if c.bias else ("weight",):
-            q, k, v = ours[f"{a}.attn.c_attn.{kind}"].chunk(3)
-            theirs[f"{b}.self_attn.q_proj.{kind}"] = permute(q, c.n_head)
-            theirs[f"{b}.self_attn.k_proj.{kind}"] = permute(k, c.n_head)
-            theirs[f"{b}.self_attn.v_proj.{kind}"] = v
+    config = AutoConfig.for_model(**export_hf.hf_config(model.config))
+    other = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    theirs = export_hf.to_hf(model.state_dict(), model.config)
     missing, unexpected = other.load_state_dict(theirs, strict=False)
-    assert not unexpected
-    with torch.no_grad():
-        for name, p in other.named_parameters():
-            if name in missing:  # their bias where we have none; the head is tied
-                assert name.endswith("bias") and not c.bias
-                p.zero_()
+    assert set(missing) <= {export_hf.HEAD} and not unexpected  # the head is tied
     return other.eval()
 
 
@@ -157,11 +105,12 @@ def test_logits_equal_those_of_transformers(norm, bias, rope_theta):
 
 
 @torch.no_grad()
-def test_parity_sees_a_wrong_pairing_of_channels():
+def test_parity_sees_a_wrong_pairing_of_channels(monkeypatch):
     """The comparison above must be able to fail: without the permutation of q and k the logits differ."""
     model = build()
     idx = tokens(1, 48)
-    unpermuted = in_transformers(model, permute=lambda weight, n_head: weight)(idx).logits
+    monkeypatch.setattr(export_hf, "half_split", lambda weight, n_head: weight)
+    unpermuted = in_transformers(model)(idx).logits
     assert (model(idx) - unpermuted).abs().max() > 1e-2
 
 

@@ -1,0 +1,589 @@
+"""A checkpoint as a folder that Hugging Face's transformers loads, and such a folder as a checkpoint.
+
+Notable: no code of ours goes along, because two architectures of transformers compute exactly this model:
+Starcoder2 with LayerNorm, Arcee with RMSNorm. What has to change is the order of the rows of q and k,
+since ours rotates channels (2i, 2i+1) and theirs (i, i + D/2). An export is believed only after
+transformers has loaded it and given our logits, our greedy tokens and our ids; then it gets its name.
+
+Shapes: C = n_embd channels, H heads, D = C/H channels per head.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import checkpoint
+from errors import Parser, UserError, run
+from files import read_json, sync_directory, write_json, write_whole
+from model import GPT, GPTConfig
+from runtime import DTYPES
+from tokenizer import FILE as TOKENIZER
+from tokenizer import load_tokenizer
+
+CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
+SIZES = {  # of config.json, and ours
+    "vocab_size": "valid_vocab_size",
+    "max_position_embeddings": "block_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "n_embd",
+}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LARGEST_SIZE = 2**24  # of any of SIZES; a hostile config.json stops here
+TOLERANCE = 1e-4  # of logits, between two ways to order the same float32 sums
+GREEDY_TOKENS = 50
+STRINGS = (
+    "The quick brown fox jumps over 13 lazy dogs.",
+    "  Two spaces,\n\n\ta tab, and it's what they've said: 'we'll see'. ",
+    "Füße, naïve, 日本語, العربية, 🦊 e\u0301 x² + y² = 3.14159",
+    "",
+)
+
+# ---------------------------------------------------------------------------------------
+# The same model in two languages.
+
+
+def half_split(weight, n_head):
+    """Rows of q or k, (C, ...), from our pairs of channels (2i, 2i+1) to their pairs (i, i + D/2)."""
+    heads = weight.unflatten(0, (n_head, -1))
+    return torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).flatten(0, 1)
+
+
+def interleave(weight, n_head):
+    """The way back from `half_split`."""
+    first, second = weight.unflatten(0, (n_head, -1)).chunk(2, dim=1)
+    return torch.stack((first, second), dim=2).flatten(0, 2)
+
+
+def modules(c: GPTConfig) -> dict[str, tuple]:
+    """Our modules, and the names of theirs that hold the same weights: one each, but three for c_attn."""
+    up, down = ("mlp.c_fc", "mlp.c_proj") if c.norm == "layernorm" else ("mlp.up_proj", "mlp.down_proj")
+    names = {"wte": ("model.embed_tokens",), "ln_f": ("model.norm",)}
+    for i in range(c.n_layer):
+        ours, theirs = f"h.{i}.", f"model.layers.{i}."
+        names[ours + "ln_1"] = (theirs + "input_layernorm",)
+        names[ours + "attn.c_attn"] = tuple(f"{theirs}self_attn.{x}_proj" for x in "qkv")
+        names[ours + "attn.c_proj"] = (theirs + "self_attn.o_proj",)
+        names[ours + "ln_2"] = (theirs + "post_attention_layernorm",)
+        names[ours + "mlp.c_fc"], names[ours + "mlp.c_proj"] = (theirs + up,), (theirs + down,)
+    return names
+
+
+def to_hf(state, c: GPTConfig) -> dict:
+    """Our tensors under their names. Padding rows of the embedding stay behind, so that their ids do not
+    exist; Starcoder2 has every bias, so those that we lack are zeros."""
+    theirs = {}
+    for ours, parts in modules(c).items():
+        for kind in ("weight", "bias"):
+            t, weight = state.get(f"{ours}.{kind}"), state[f"{ours}.weight"]
+            if t is None and c.norm == "layernorm" and ours != "wte":
+                t = weight.new_zeros(len(weight))
+            if t is None:
+                continue
+            t = t[: c.valid_vocab_size] if ours == "wte" else t
+            for name, piece in zip(parts, t.chunk(len(parts))):
+                rotated = name.endswith(("q_proj", "k_proj"))
+                theirs[f"{name}.{kind}"] = half_split(piece, c.n_head) if rotated else piece
+    return theirs
+
+
+def from_hf(theirs, c: GPTConfig) -> dict:
+    """Their tensors under our names. The padding rows of the embedding, which mean nothing, are zeros."""
+    state = {}
+    for ours, parts in modules(c).items():
+        for kind in ("weight", "bias"):
+            pieces = {name: theirs.get(f"{name}.{kind}") for name in parts}
+            if kind == "bias" and (not c.bias or pieces[parts[0]] is None):
+                continue
+            state[f"{ours}.{kind}"] = torch.cat(
+                [interleave(t, c.n_head) if n.endswith(("q_proj", "k_proj")) else t for n, t in pieces.items()]
+            )
+    valid = state["wte.weight"][: c.valid_vocab_size]
+    state["wte.weight"] = torch.nn.functional.pad(valid, (0, 0, 0, c.vocab_size - c.valid_vocab_size))
+    return state
+
+
+def hf_config(c: GPTConfig) -> dict:
+    """The keys of config.json that decide what transformers computes, none of them left to its defaults."""
+    values = {"model_type": ARCHITECTURES[c.norm][0]}
+    values |= {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
+    values |= {
+        "num_key_value_heads": c.n_head,
+        "intermediate_size": 4 * c.n_embd,
+        "hidden_act": "gelu_pytorch_tanh",
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "tie_word_embeddings": True,
+    }
+    if c.norm == "layernorm":
+        return values | {"norm_epsilon": 1e-5, "use_bias": True, "sliding_window": None}
+    biases = {"attention_bias": c.bias, "mlp_bias": c.bias}
+    return values | biases | {"rms_norm_eps": 1e-5, "head_dim": c.n_embd // c.n_head}
+
+
+# ---------------------------------------------------------------------------------------
+# Out.
+
+
+def export(path, out_dir, dtype="float32") -> dict:
+    """Writes the checkpoint directory `path` as the new folder `out_dir`; returns what `verify` measured.
+
+    The folder appears whole and verified, by one rename, or not at all. Raises UserError.
+    """
+    out_dir = Path(out_dir)
+    refuse_existing(out_dir)
+    model, tokenizer = checkpoint.load_model(path)
+    stored = through(model, dtype)
+    temporary = out_dir.with_name(f"{checkpoint.LEFTOVER}{out_dir.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed export left it
+    try:
+        temporary.mkdir(parents=True)
+        write_folder(temporary, stored, tokenizer, dtype)
+        measured = verify(temporary, model, stored, tokenizer)
+        write_whole(temporary / "README.md", card(Path(path), model, dtype, measured).encode())
+        sync_directory(temporary)
+        os.rename(temporary, out_dir)
+        sync_directory(out_dir.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out_dir} was not written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return measured
+
+
+def refuse_existing(out_dir):
+    if os.path.lexists(out_dir):
+        raise UserError(f"{out_dir} exists already; remove it or name another --out_dir")
+
+
+def through(model, dtype):
+    """A copy of the model whose weights have been rounded to `dtype`. UserError where one does not fit."""
+    rounded = copy.deepcopy(model)
+    for name, p in rounded.named_parameters():
+        p.data = p.data.to(DTYPES[dtype]).float()
+        if not p.isfinite().all():
+            raise UserError(f"{name} has values too large for {dtype}; use bfloat16 or float32")
+    return rounded
+
+
+def write_folder(folder, model, tokenizer, dtype):
+    """Everything but the model card, flushed to the disk."""
+    c, eot = model.config, {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
+    about = {"architectures": [ARCHITECTURES[c.norm][1]], "torch_dtype": dtype}
+    about["rope_theta"] = c.rope_theta  # where transformers 4 looks for it
+    write_json(folder / CONFIG, about | hf_config(c) | eot)
+    write_json(folder / "generation_config.json", eot)
+    tokenizer.save(folder)
+    plain = read_json(folder / TOKENIZER) | {"post_processor": None}  # it might add tokens that ours never adds
+    write_whole(folder / TOKENIZER, json.dumps(plain, ensure_ascii=False).encode())
+    marker = tokenizer.backend.id_to_token(tokenizer.eot_token)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": marker,
+        "eos_token": marker,
+        "model_max_length": c.block_size,
+        "clean_up_tokenization_spaces": False,  # the default of transformers 4 eats spaces before punctuation
+    }
+    write_json(folder / "tokenizer_config.json", about)
+    tensors = {n: t.to(DTYPES[dtype]).contiguous() for n, t in to_hf(model.state_dict(), c).items()}
+    save_file(tensors, folder / MODEL, metadata={"format": "pt"})  # transformers 4 asks for it
+    shutil.copymode(folder / CONFIG, folder / MODEL)  # the user's umask; safetensors alone gives 0600
+    with open(folder / MODEL, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+def transformers():
+    """The library, without its bars and advice; UserError where it is not installed."""
+    try:
+        import transformers as library
+    except ImportError as error:
+        raise UserError("an export is verified with transformers: pip install 'transformers>=5.23'") from error
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
+
+
+@torch.inference_mode()
+def verify(folder, model, stored, tokenizer) -> dict:
+    """Loads a folder with transformers and compares: tensors by name, logits, greedy tokens, ids of text.
+
+    `stored` is our model with the weights that were written, `model` the one before they were rounded.
+    Returns {"logits": largest difference to `stored`, "rounding": from `model` to `stored`, "bound"}.
+    UserError names what differs, and by how much.
+    """
+    library = transformers()
+    try:
+        theirs, info = library.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
+        )
+        their_tokenizer = library.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the library objects to
+        raise UserError(f"the export is refused by transformers ({type(error).__name__}: {error})") from error
+    wrong = [f"{name} ({kind})" for kind, names in info.items() for name in names]
+    if wrong:
+        raise UserError(f"transformers did not take over the tensors as they are: {', '.join(sorted(wrong))}")
+    compare_ids(tokenizer, their_tokenizer)
+    measured = compare_logits(theirs.eval(), model, stored)
+    compare_greedy(theirs, stored, tokenizer.eot_token, measured["bound"])
+    return measured
+
+
+def compare_ids(tokenizer, theirs):
+    """UserError where a text becomes other ids, or ids another text."""
+    for text in STRINGS:
+        ids = tokenizer.encode(text)
+        if theirs(text)["input_ids"] != ids or theirs.decode(ids) != tokenizer.decode(ids):
+            raise UserError(f"the export's tokenizer gives {theirs(text)['input_ids']} for {text!r}, ours {ids}")
+    if theirs.eos_token_id != tokenizer.eot_token:
+        raise UserError(f"the export ends text with id {theirs.eos_token_id}, ours with {tokenizer.eot_token}")
+
+
+def compare_logits(theirs, model, stored) -> dict:
+    """Over the whole context, on random ids, a row at a time because 1,024 x 50,257 logits are 200 MB."""
+    c = model.config
+    rows = torch.randint(c.valid_vocab_size, (2, 1, c.block_size), generator=torch.Generator().manual_seed(0))
+    worst, rounding, largest = 0.0, 0.0, 0.0
+    for idx in rows:
+        a, b = stored(idx), theirs(idx).logits
+        if a.shape != b.shape:
+            raise UserError(f"the export has logits for {b.size(-1)} ids, the checkpoint for {a.size(-1)}")
+        difference = (a - b).abs().max().item()
+        worst = difference if math.isnan(difference) else max(worst, difference)
+        rounding = max(rounding, (a - model(idx)).abs().max().item())
+        largest = max(largest, a.abs().max().item())
+    bound = TOLERANCE * max(1, largest / 10)  # float32 keeps 7 digits, so large logits differ more
+    if not worst <= bound:
+        raise UserError(f"the export's logits differ from the checkpoint's by up to {worst:.3g}, allowed {bound:.1g}")
+    return {"logits": worst, "rounding": rounding, "bound": bound}
+
+
+def compare_greedy(theirs, model, eot_token, bound):
+    """UserError unless each of their greedy tokens is our best one too, or as good as it within `bound`."""
+    prompt = torch.tensor([[eot_token]])
+    n = max(1, min(GREEDY_TOKENS, model.config.block_size - 1))
+    ids = theirs.generate(prompt, attention_mask=prompt.new_ones(1, 1), do_sample=False, max_new_tokens=n)
+    logits = model(ids[:, :-1])
+    short = logits.amax(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if short.max() > 2 * bound:
+        first = int((short > 2 * bound).int().argmax())
+        raise UserError(f"greedy token {first} of the export is not the checkpoint's: worse by {short.max():.3g}")
+
+
+# ---------------------------------------------------------------------------------------
+# The model card.
+
+
+def measurements(run_dir, step) -> dict[str, dict]:
+    """The rows of a run's metrics at this very step, by kind; {} where there are none."""
+    try:
+        lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    rows = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a killed run
+            continue
+        if isinstance(row, dict) and row.get("step") == step:
+            rows[row.get("kind")] = row
+    return rows
+
+
+def card(path, model, dtype, measured) -> str:
+    """README.md of the export: what the model is and what was measured at the checkpoint `path`, and no more."""
+    c, step, run_dir = model.config, read_json(path / checkpoint.MANIFEST).get("step"), path.resolve().parent
+    count = model.num_parameters() - (c.vocab_size - c.valid_vocab_size) * c.n_embd
+    rows = measurements(run_dir, step)
+    sizes = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, context {c.block_size:,} tokens"
+    differs = f"logits differ by at most {measured['logits']:.1e} on random ids over the whole context"
+    if dtype != "float32":
+        differs += f"; before, rounding to {dtype} moved them by up to {measured['rounding']:.1e}"
+    table = {
+        "checkpoint": f"{run_dir.name}, step {step}",
+        "parameters": f"{count:,} ({sizes}, {c.valid_vocab_size:,} token ids)",
+        "training tokens": next((f"{row['tokens']:,}" for row in rows.values() if "tokens" in row), "not measured"),
+        **results(rows),
+        **training(read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}),
+        "export against checkpoint": differs,
+    }
+    return CARD.format(
+        name=run_dir.name,
+        architecture=ARCHITECTURES[c.norm][1],
+        norm={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[c.norm],
+        dtype=dtype,
+        table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
+        note=ARCEE_NOTE if c.norm == "rmsnorm" else "",
+    )
+
+
+def results(rows) -> dict:
+    """What was measured at the step, or that it was not."""
+
+    def shown(row, key, form, unit=""):
+        value = rows.get(row, {}).get(key)
+        return "not measured" if value is None else f"{value:{form}}{unit}"
+
+    table = {
+        "validation loss": shown("val", "loss", ".4f", " nats per token"),
+        "validation perplexity": shown("val", "perplexity", ".2f"),
+        "validation bits per byte": shown("val", "bits_per_byte", ".4f"),
+        "HellaSwag examples": shown("hellaswag", "examples", ",", " (chance is 25 %)"),
+    }
+    score = rows.get("hellaswag", {})
+    for name in [n for n in score if f"{n}_stderr" in score]:
+        table[f"HellaSwag {name}"] = f"{100 * score[name]:.2f} % ± {100 * score[f'{name}_stderr']:.2f}"
+    return table
+
+
+def training(facts) -> dict:
+    """What run.json says of the training. Of the data only the folder's name: a path may tell of a person."""
+    config, versions = facts.get("config", {}), facts.get("versions", {})
+    names = ("preset", "max_steps", "total_batch_tokens", "lr", "min_lr", "weight_decay", "dropout", "seed")
+    settings = ", ".join(f"{name} {config[name]}" for name in names if config.get(name) is not None)
+    return {
+        "training data": f"`{Path(config['data_dir']).name}`" if config.get("data_dir") else "not recorded",
+        "settings": settings or "not recorded",
+        "trained on": f"{versions['device_name']}, torch {versions['torch']}" if versions else "not recorded",
+    }
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A GPT with rotary position embeddings, trained from scratch. It continues text; it was not taught to follow
+instructions. Stored as `{architecture}` in {dtype}: pre-norm blocks with {norm}, multi-head attention,
+an MLP four times wider with GELU (tanh), output head tied to the embedding.
+
+| | |
+|---|---|
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER_OR_HUB_NAME")
+model = AutoModelForCausalLM.from_pretrained("FOLDER_OR_HUB_NAME")
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+In training each document began with the end-of-text token; the tokenizer adds none by itself. It reads the
+marker's name inside a text as the marker, as transformers does; in training such text was plain text.
+{note}"""
+ARCEE_NOTE = """
+transformers (and what runs on it) reads the activation from config.json. llama.cpp computes every Arcee model
+with squared ReLU, so its output would be wrong, and vLLM's own Arcee refuses GELU.
+"""
+
+# ---------------------------------------------------------------------------------------
+# Back.
+
+
+def import_folder(folder, out_dir) -> Path:
+    """A folder written by `export`, or fine-tuned from one, as the checkpoint out_dir/step_00000000; returns it.
+
+    16-bit weights become float32; padding rows of the embedding become zeros. Raises UserError where the
+    folder holds another model than ours, naming what differs, and where out_dir exists.
+    """
+    folder, out_dir = Path(folder), Path(out_dir)
+    refuse_existing(out_dir)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; expected one with {CONFIG}, {MODEL} and {TOKENIZER}")
+    config = read_config(folder)
+    files = tensor_files(folder)
+    if config.n_layer > len(files):
+        raise UserError(f"{folder}: {CONFIG} says {config.n_layer:,} layers, the files hold {len(files)} tensors")
+    theirs = read_tensors(files, {n: t.shape for n, t in to_hf(empty(config).state_dict(), config).items()})
+    tokenizer = load_tokenizer(folder)
+    valid = tokenizer.vocab_size
+    if valid > config.valid_vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {valid:,} ids, the embedding {config.valid_vocab_size:,} rows")
+    config = dataclasses.replace(config, valid_vocab_size=valid, vocab_size=-(-valid // 64) * 64)
+    if config.norm == "layernorm":  # zeros stand for biases that are not there
+        config = dataclasses.replace(config, bias=any(t.any() for n, t in theirs.items() if n.endswith("bias")))
+    model = GPT(config)
+    model.load_state_dict(from_hf(theirs, config))
+    identity = dataclasses.asdict(config) | {"tokenizer": tokenizer.fingerprint()}
+    state = {"step": 0, "samples_seen": 0, "seconds": 0.0, "identity": identity, "config": {}, "scaler": None}
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.0))  # has no state yet
+    return checkpoint.save(out_dir, 0, model, optimizer, state, tokenizer)
+
+
+def empty(c: GPTConfig) -> GPT:
+    """The model's shapes, without memory for its values."""
+    with torch.device("meta"):
+        return GPT(c)
+
+
+def read_config(folder) -> GPTConfig:
+    """Our config, from a config.json that describes exactly our model; UserError names every value that does not."""
+    path = folder / CONFIG
+    found = read_json(path)
+    norms = {model_type: norm for norm, (model_type, _) in ARCHITECTURES.items()}
+    norm, rope = norms.get(str(found.get("model_type"))), rope_parameters(found)
+    if norm is None:
+        raise UserError(f"{path}: model_type is {found.get('model_type')!r}, expected one of {', '.join(norms)}")
+    numbers = {name: (found.get(name), (int,)) for name in SIZES} | {"rope_theta": (rope["rope_theta"], (int, float))}
+    wrong = [f"{k} is {n!r}" for k, (n, kinds) in numbers.items() if type(n) not in kinds or not 0 < n <= LARGEST_SIZE]
+    if wrong:
+        raise UserError(f"{path}: {', '.join(wrong)}; expected a number above 0, at most {LARGEST_SIZE:,}")
+    config = GPTConfig(
+        **{ours: found[theirs] for theirs, ours in SIZES.items()},
+        vocab_size=-(-found["vocab_size"] // 64) * 64,
+        dropout=0.0,
+        bias=norm == "layernorm" or found.get("attention_bias") is True,
+        norm=norm,
+        rope_theta=float(rope["rope_theta"]),
+    )
+    if config.problems():
+        raise UserError(f"{path}: {'; '.join(config.problems())}")
+    absent = {"tie_word_embeddings": norm == "layernorm", "sliding_window": None}  # what transformers takes then
+    found = {**absent, "head_dim": config.n_embd // config.n_head, **found, "rope_parameters": rope}
+    expected = hf_config(config)
+    wrong = [f"{k} is {found.get(k)!r}, expected {v!r}" for k, v in expected.items() if found.get(k) != v]
+    if wrong:
+        raise UserError(f"{path}: this is not our model: {'; '.join(wrong)}")
+    return config
+
+
+def rope_parameters(found) -> dict:
+    """As transformers 5 writes them, also from the rope_theta and rope_scaling of transformers 4."""
+    rope = {"rope_type": "default", "rope_theta": found.get("rope_theta")}
+    for part in (found.get("rope_scaling"), found.get("rope_parameters")):
+        rope |= part if isinstance(part, dict) else {}
+    return rope
+
+
+def tensor_files(folder) -> dict[str, Path]:
+    """Each tensor's name and file: of model.safetensors, or of the shards that its index lists. UserError."""
+    if (folder / INDEX).is_file():
+        listed = read_json(folder / INDEX).get("weight_map")
+        names = set(listed.values()) if isinstance(listed, dict) and all(map(is_name, listed.values())) else set()
+        if not names:
+            raise UserError(f"{folder / INDEX}: weight_map does not list files of this folder")
+    elif (folder / MODEL).is_file():
+        names = {MODEL}
+    else:
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        there = f"; {pickles[0]} is a pickle, which could run code and is not opened" if pickles else ""
+        raise UserError(f"{folder}: found no {MODEL} and no {INDEX}{there}; save it with safetensors")
+    files = {}
+    for name in sorted(names):
+        with opened(folder / name) as f:
+            files |= dict.fromkeys(f.keys(), folder / name)
+    return files
+
+
+def is_name(value) -> bool:
+    """Whether this is the name of a safetensors file, with no way out of its folder."""
+    return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
+
+
+@contextlib.contextmanager
+def opened(path):
+    try:
+        with safe_open(path, "pt") as f:
+            yield f
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
+
+
+def read_tensors(files, expected: dict[str, torch.Size]) -> dict:
+    """Tensors by name in float32. UserError names a missing, extra, misshapen, non-finite one, or an untied head."""
+    for name in sorted(files.keys() ^ (expected.keys() | files.keys() & {HEAD})):
+        where = f"{files[name]}: tensor {name} is not expected" if name in files else f"tensor {name} is missing"
+        raise UserError(f"{where}; the folder does not hold the model of its {CONFIG}")
+    tensors = {}
+    for path in sorted(set(files.values())):
+        with opened(path) as f:
+            for name in [n for n in files if files[n] == path]:
+                found, shape = f.get_slice(name), list(expected[EMBEDDING if name == HEAD else name])
+                if list(found.get_shape()) != shape or found.get_dtype() not in ("F32", "BF16", "F16"):
+                    has = f"{found.get_dtype()} {found.get_shape()}"
+                    raise UserError(f"{path}: tensor {name} is {has}, expected F32, BF16 or F16 {shape}")
+                tensors[name] = f.get_tensor(name).float()
+                if not tensors[name].isfinite().all():
+                    raise UserError(f"{path}: tensor {name} holds NaN or Inf")
+    if HEAD in tensors and not tensors.pop(HEAD).equal(tensors[EMBEDDING]):
+        raise UserError(f"{files[HEAD]}: {HEAD} is not the embedding; in our model they are one tensor")
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------
+# The hub, and the command line.
+
+
+def push(folder, repo) -> str:
+    """Uploads a folder to the hub's model USER/NAME, created if it is not there; returns its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()  # finds the token that `hf auth login` or HF_TOKEN left; none is stored here
+        address = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model exported and verified")
+    except Exception as error:  # a hub has many ways to be out of reach
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder} is complete on this machine, but the hub did not take it ({type(error).__name__}: {why}); "
+            f"after `hf auth login`, send it with: hf upload {repo} {folder}"
+        ) from error
+    return str(address)
+
+
+def parse_args(argv):
+    parser = Parser(description="Write a checkpoint as a Hugging Face folder, verified; or read one back.")
+    add = parser.add_argument
+    add("command", nargs="?", choices=["export", "import"], default="export", help="(default: export)")
+    add("folder", nargs="?", help="the Hugging Face folder to import")
+    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
+    add("--out_dir", metavar="DIR", help="to be written (default: hf_<run>; of import: checkpoints/<folder>)")
+    add("--dtype", choices=list(DTYPES), help="of the weights written (default: float32)")
+    add("--push_to_hub", metavar="USER/NAME", help="upload it too; public where your account's new models are")
+    args = parser.parse_args(argv)
+    if args.command == "import":
+        given = [f"--{name}" for name in ("checkpoint", "dtype", "push_to_hub") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"import takes no {', '.join(given)}")
+        if args.folder is None:
+            raise UserError("import which folder? export_hf.py import FOLDER --out_dir checkpoints/NAME")
+    elif args.folder is not None:
+        raise UserError(f"export takes no folder ({args.folder}); use --checkpoint and --out_dir")
+    if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
+        raise UserError(f"--push_to_hub is {args.push_to_hub!r}; expected USER/NAME")
+    return args
+
+
+def main(argv=None):
+    """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
+    args = parse_args(argv)
+    if args.command == "import":
+        out_dir = args.out_dir or Path(checkpoint.DEFAULT_DIR, Path(args.folder).resolve().name)
+        print(import_folder(args.folder, out_dir))
+        return
+    path = checkpoint.find_checkpoint(args.checkpoint)
+    out_dir = Path(args.out_dir or f"hf_{path.resolve().parent.name}")
+    measured = export(path, out_dir, args.dtype or "float32")
+    if checkpoint.read_config(path / checkpoint.CONFIG).norm == "rmsnorm":
+        print(f"note: {' '.join(ARCEE_NOTE.split())}", file=sys.stderr)
+    print(f"{out_dir}: verified with transformers, logits differ by at most {measured['logits']:.1e}")
+    if args.push_to_hub:
+        print(push(out_dir, args.push_to_hub))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -420,8 +420,8 @@ def import_folder(folder, out_dir) -> Path:
     model.load_state_dict(from_hf(theirs, config))
     identity = dataclasses.asdict(config) | {"tokenizer": tokenizer.fingerprint()}
     state = {"step": 0, "samples_seen": 0, "seconds": 0.0, "identity": identity, "config": {}, "scaler": None}
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.0))  # has no state yet
-    return checkpoint.save(out_dir, 0, model, optimizer, state, tokenizer)
+    tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
+    return checkpoint.save(out_dir, 0, config, tensors, state, tokenizer)
 
 
 def empty(c: GPTConfig) -> GPT:

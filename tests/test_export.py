@@ -52,7 +52,8 @@ def tokenizer(byte_tokenizer):
 
 
 def save(run_dir, model, tokenizer, step=7):
-    return checkpoint.save(run_dir, step, model, torch.optim.AdamW(model.parameters()), {"step": step}, tokenizer)
+    tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
+    return checkpoint.save(run_dir, step, model.config, tensors, {"step": step}, tokenizer)
 
 
 @pytest.fixture

@@ -78,7 +78,6 @@ def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
         remove(final)  # only a damaged one can be there: a valid one of this step would have been resumed
         os.rename(temporary, final)
         sync_directory(run_dir)
-        write_json(run_dir / "latest.json", {"step": step, "checkpoint": final.name})
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         need = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
@@ -87,7 +86,13 @@ def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
             f"checkpoint {final} was not written ({error}); it needs about {need:,} bytes and {free:,} are free; "
             "earlier checkpoints are intact"
         ) from error
+    point(run_dir, "latest", step)
     return final
+
+
+def point(run_dir, name, step, **facts):
+    """<name>.json tells people and scripts which checkpoint is the latest or the best; nothing here relies on it."""
+    write_json(Path(run_dir) / f"{name}.json", {"step": step, "checkpoint": name_of(step), **facts})
 
 
 def write_tensors(path, tensors):

@@ -39,7 +39,11 @@ def sync_directory(directory):
 
 
 def write_json(path, value):
-    write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    """Leaves a file that says just this already as it is."""
+    content = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+    path = Path(path)
+    if not (path.is_file() and path.read_bytes() == content):
+        write_whole(path, content)
 
 
 def read_json(path) -> dict:

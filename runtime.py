@@ -117,7 +117,10 @@ class Runtime:
                 box = [(function(), None)]
             except Exception as error:
                 mine = error
-                kinds = ((UserError, SystemExit(2)), (Stopped, Stopped()))  # what can be said in another process
+                kinds = (
+                    ((UserError, OSError), SystemExit(2)),
+                    (Stopped, Stopped()),
+                )  # what can be said in another process
                 said = [other for kind, other in kinds if isinstance(error, kind)]
                 box = [(None, said[0] if said else RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}"))]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)

@@ -344,7 +344,9 @@ def resume(r: Run):
     r.step, r.samples_seen, r.seconds = state["step"], state["samples_seen"], state["seconds"]
     if r.scaler.is_enabled() and state["scaler"]:
         r.scaler.load_state_dict(state["scaler"])
-    r.saved_step = r.step if found.parent.resolve() == c.run_dir.resolve() else -1
+    if found.parent.resolve() == c.run_dir.resolve():
+        r.saved_step = r.step
+        r.rt.from_main(lambda: checkpoint.point(c.run_dir, "latest", r.step))
 
 
 def find_start(c: TrainConfig) -> Path | None:
@@ -501,10 +503,7 @@ def best_step(r: Run) -> int | None:
 def keep_best(r: Run):
     best = best_step(r)
     if r.rt.is_main and best is not None:
-        write_json(
-            r.config.run_dir / "best.json",
-            {"step": best, "loss": r.metrics.vals[best], "checkpoint": checkpoint.name_of(best)},
-        )
+        checkpoint.point(r.config.run_dir, "best", best, loss=r.metrics.vals[best])
 
 
 def draw(r: Run):
@@ -631,6 +630,7 @@ def run_to_end(r: Run, stack) -> dict:
     c, rt = r.config, r.rt
     r.progress = Progress(r.step, c.max_steps, rt.is_main)
     stack.callback(r.progress.close)
+    keep_best(r)  # a crash may have come between a validation and this
     summary = {"run_dir": str(c.run_dir), "signal": 0}
     if r.step >= c.max_steps and not r.due():
         r.progress.say(f"{c.run_dir}: already at step {r.step} of {c.max_steps}")

@@ -64,8 +64,8 @@ def outcome(config):
     evaluations = [(r["kind"], r["step"], r.get("loss"), r.get("text")) for r in rows]
     final = checkpoint.steps(config.run_dir)[0]
     hashes = {name: sha256(final / name) for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)}
-    best = read_json(config.run_dir / "best.json")
-    return trace(config), sorted(evaluations, key=str), final.name, hashes, best
+    pointers = [read_json(config.run_dir / name) for name in ("best.json", "latest.json")]
+    return trace(config), sorted(evaluations, key=str), final.name, hashes, pointers
 
 
 def finish(server, config):

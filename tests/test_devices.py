@@ -1,0 +1,190 @@
+"""Many processes give the numbers of one, and each of them may die, hang, disagree or be told to stop."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+from toy import ROOT, as_flags, losses, start, trace, vals, wait_for_step
+from tracking import read_rows
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def torchrun(config, *options, processes=2, **environment):
+    """torchrun as a person would start it, in its own process group."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return start(config, sys.executable, *launcher, **environment)
+
+
+def finished(process, code=0, timeout=240) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, output
+    return output
+
+
+def rank_of(process, rank) -> int:
+    """The process id of one rank under a torchrun."""
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    raise AssertionError(f"no rank {rank}")
+
+
+def assert_same_to_rounding(config, reference):
+    assert [row[4] for row in trace(config)] == [row[4] for row in trace(reference)], "same batches"
+    assert losses(config) == pytest.approx(losses(reference), abs=1e-5)
+    assert vals(config) == pytest.approx(vals(reference), abs=1e-5)
+
+
+@pytest.fixture
+def plain(toy):
+    """Without dropout, whose masks follow the rank, so that worlds can be compared."""
+    return replace(toy, dropout=0.0, batch_size=2, save_interval=10, max_steps=30, keep_last=9)
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Seven HellaSwag examples, so that two ranks cannot share them evenly."""
+    path = tmp_path / "scenes.jsonl"
+    example = {"activity_label": "Cooking", "ctx_b": "the cook", "label": 1}
+    example["endings"] = ["runs away.", "stirs the soup.", "sleeps.", "sings about the moon."]
+    scenes = [f"A pot stands on stove {i}." + " It is warm." * i for i in range(7)]
+    path.write_text("".join(json.dumps(example | {"ctx_a": s, "ctx": f"{s} the cook"}) + "\n" for s in scenes))
+    return str(path)
+
+
+def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tally):
+    """Each session of a run may have another number of processes, with weights sharded or not."""
+    plain = replace(plain, hellaswag_interval=30, hellaswag_data=scenes)
+    one = replace(plain, run_name="one")
+    finished(start(one, sys.executable))
+    two = replace(plain, run_name="two")
+    finished(torchrun(two))
+    fsdp = replace(plain, run_name="fsdp", fsdp=True)
+    finished(torchrun(fsdp))
+    assert_same_to_rounding(two, one)
+    assert_same_to_rounding(fsdp, one)
+    scores = [[r for r in read_rows(c.run_dir / "metrics.jsonl") if r["kind"] == "hellaswag"] for c in (one, two, fsdp)]
+    names = [k for k in scores[0][0] if "acc" in k or k == "examples"]
+    assert all(rows[0][k] == scores[0][0][k] for rows in scores for k in names), "HellaSwag depends on the world"
+
+    mixed = replace(plain, run_name="mixed")
+    for kind, step in ((replace(mixed, fsdp=True), 10), (mixed, 20), (replace(mixed, fsdp=True), 30)):
+        shutil.rmtree(mixed.run_dir / f"step_{step:08d}", ignore_errors=True)
+        process = start(kind, sys.executable) if not kind.fsdp else torchrun(kind)
+        finished(process)
+        for path in checkpoint.steps(mixed.run_dir):  # as if it had been stopped at this step
+            if checkpoint.step_of(path) > step:
+                shutil.rmtree(path)
+    assert_same_to_rounding(mixed, one)
+    tally("worlds compared", 6)
+
+
+def test_a_rank_that_dies_is_started_again(toy, tally):
+    """torchrun starts all ranks anew; they must find the checkpoint, and the lock that the dead have left."""
+    whole = replace(toy, run_name="whole")
+    finished(torchrun(whole))
+    for config, kind in ((toy, "DDP"), (replace(toy, run_name="sharded", fsdp=True), "FSDP")):
+        process = torchrun(config, "--max-restarts=1")
+        wait_for_step(config, 12, process)
+        os.kill(rank_of(process, 1), signal.SIGKILL)
+        output = finished(process)
+        assert "continued at step" in output, output
+        if kind == "DDP":
+            assert trace(config) == trace(whole)
+        else:
+            assert [row[4] for row in trace(config)] == [row[4] for row in trace(whole)]
+        tally("kills survived")
+
+
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy):
+    """Without a time-out a frozen machine holds all the others, for ever and silently."""
+    toy = replace(toy, timeout=5.0)
+    process = torchrun(toy)
+    wait_for_step(toy, 12, process)
+    frozen = rank_of(process, 1)
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        while "has not answered" not in (line := process.stdout.readline()) and time.monotonic() - began < 60:
+            assert line, "ended without a word"
+        assert "--timeout 5 seconds" in line and "saved checkpoints are intact" in line
+    finally:
+        os.kill(frozen, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    finished(torchrun(toy))
+    whole = replace(toy, run_name="whole")
+    finished(torchrun(whole))
+    assert trace(toy) == trace(whole)
+
+
+def test_a_signal_to_one_rank_stops_all_at_one_step(toy):
+    """Slurm may signal one task only; the others would wait in the next reduction for ever."""
+    whole = replace(toy, run_name="whole")
+    finished(torchrun(whole))
+    process = torchrun(toy)
+    wait_for_step(toy, 12, process)
+    os.kill(rank_of(process, 1), signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and output.count("saved in") == 1, output
+    newest = checkpoint.steps(toy.run_dir)[0]
+    assert checkpoint.step_of(newest) == len(trace(toy)) < 40, "saved at the step where all stopped"
+    finished(torchrun(toy))
+    assert trace(toy) == trace(whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="faults.c needs Linux and a C compiler")
+def test_rank_0_that_cannot_save_tells_the_others(toy, tmp_path):
+    """They would wait at the next step for a rank that has gone."""
+    library = tmp_path / "faults.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "faults.c", "-ldl"], check=True)
+    faults = {"LD_PRELOAD": str(library), "FAULTS_DIRECTORY": toy.checkpoint_dir, "FAULTS_AT": "90"}
+    began = time.monotonic()
+    output, _ = torchrun(toy, **faults).communicate(timeout=120)
+    assert time.monotonic() - began < 90
+    assert output.count("No space left on device") == 1, output
+    ranks = re.findall(r"exitcode\s*: (\d+)", output)
+    assert ranks and set(ranks) <= {"2"}, "every rank leaves with exit code 2"
+
+
+def by_hand(config, rank, port, **options):
+    """One of two ranks, started without torchrun."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    env = os.environ | address | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)}
+    command = [sys.executable, ROOT / "train.py", *as_flags(config)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **options)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_ranks_with_different_flags_or_data_refuse_to_start(toy, tmp_path):
+    """Two machines with two versions of a script or of the data train something that no one can repeat."""
+    port = free_port()
+    both = [by_hand(replace(toy, lr=lr), rank, port) for rank, lr in enumerate((3e-3, 4e-3))]
+    for process in both:
+        assert "lr is 0.003 on rank 0, 0.004 on rank 1" in finished(process, code=2, timeout=60)
+    for place, source in (("a", toy.data_dir), ("b", toy.data_dir + "_val")):
+        shutil.copytree(source, tmp_path / place / "data")
+        shutil.copytree(toy.data_dir if place == "b" else toy.data_dir + "_val", tmp_path / place / "data_val")
+    port, toy = free_port(), replace(toy, data_dir="data")
+    both = [by_hand(toy, rank, port, cwd=tmp_path / place) for rank, place in enumerate("ab")]
+    for process in both:
+        assert re.search(r"data is \w+ on rank 0, \w+ on rank 1", finished(process, code=2, timeout=60))
+    assert not toy.run_dir.exists()

@@ -436,20 +436,27 @@ def evaluate(model, tokenizer, examples, **options) -> dict:
 class HFModel(torch.nn.Module):
     """A transformers causal language model under the names that `score` calls.
 
-    `features` are its logits already: some architectures scale or cap them after the projection, and
-    only their own forward pass knows. Its rows hold one sequence each (packed=False), because how
-    positions and masks of packed ones are given differs between architectures.
+    Some architectures scale or cap their logits after the projection. Where projecting the last states does
+    not give the very logits of the model's own forward pass, `features` are those logits, for all tokens.
+    Rows hold one sequence each (packed=False): positions and masks of packed ones are not one thing to all.
     """
 
     def __init__(self, lm, block_size):
         super().__init__()
-        self.lm, self.config = lm, SimpleNamespace(block_size=block_size)
+        self.lm, self.config = lm.eval(), SimpleNamespace(block_size=block_size)
+        self.head = lm.get_output_embeddings()
+        self.plain = self.head is not None and lm.base_model is not lm
+        with torch.no_grad():
+            probe = torch.arange(8)[None]
+            self.plain = self.plain and torch.equal(self.logits(self.features(probe)), lm(input_ids=probe).logits)
 
     def features(self, idx):
+        if self.plain:
+            return self.lm.base_model(input_ids=idx, use_cache=False).last_hidden_state
         return self.lm(input_ids=idx, use_cache=False).logits
 
     def logits(self, x):
-        return x
+        return self.head(x) if self.plain else x
 
 
 class HFTokenizer:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import http.server
 import json
+import sys
 import threading
 from collections import Counter
 from types import SimpleNamespace
@@ -11,11 +12,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import hellaswag_eval as hs
 from errors import UserError, run
 from model import GPT, GPTConfig
+from runtime import keep_freed_memory
 from tokenizer import TextTokenizer, load_tokenizer
 
 
@@ -567,7 +569,15 @@ def test_command_line(command_line, tmp_path, capsys, model, tokenizer):
     out = tmp_path / "scores.jsonl"
     assert command_line("--limit", "7", "--batch_tokens", "300", "--json", str(out)) == 0
     table = capsys.readouterr().out
-    for words in ("completion acc ", "completion acc_norm ", "harness acc ", "harness acc_norm ", "31.14", "25.00", "±"):
+    for words in (
+        "completion acc ",
+        "completion acc_norm ",
+        "harness acc ",
+        "harness acc_norm ",
+        "31.14",
+        "25.00",
+        "±",
+    ):
         assert words in table
     assert "on 7 examples" in table
     lines = [json.loads(line) for line in out.read_text().splitlines()]
@@ -632,17 +642,135 @@ def test_bar_counts_complete_examples():
 # Models of others.
 
 
-def save_tiny_llama(folder, tokenizer_folder, bos=False):
-    """A Hugging Face folder: one random layer whose outputs are far from uniform, and GPT-2's tokenizer."""
-    from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def save_model(folder, lm, tokenizer, prefix=None):
+    """A Hugging Face folder of the model and a `TextTokenizer`; `prefix` names a token put before every text."""
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    if bos:
-        tokenizer._tokenizer.post_processor = processors.TemplateProcessing("<|endoftext|> $A", special_tokens=[
-            ("<|endoftext|>", tokenizer.eos_token_id)])  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=50257, max_position_embeddings=512, initializer_range=0.3, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    if prefix is not None:
+        number = backend.token_to_id(prefix)
+        backend.post_processor = processors.TemplateProcessing(f"{prefix} $A", special_tokens=[(prefix, number)])
+    lm.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
     return folder
+
+
+def tiny_lm(name, vocab_size, **changes):
+    """One random layer whose outputs are far from uniform, so that few endings are near ties."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocab_size, **sizes, **changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def as_ours(lm):
+    """The model as `plain_score` calls ours."""
+    return lambda ids: lm(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name, plain", [("Llama", True), ("Gemma2", False)])
+def test_hf_model(tmp_path, tokenizer, name, plain):
+    """Guards the projection of the scored tokens alone, and that it is not used where (as with Gemma 2's cap)
+    logits are more than that."""
+    lm = tiny_lm(name, 300)
+    found, its_tokenizer = hs.load_hf(save_model(tmp_path, lm, tokenizer), "cpu")
+    assert found.plain == plain and found.config.block_size == 512 and list(its_tokenizer.prefix) == []
+    scores = hs.score(found, its_tokenizer, make_examples(5), packed=False)
+    for convention, sums in scores.sums.items():
+        expected = [plain_score(as_ours(lm), tokenizer, e, convention)[0] for e in make_examples(5)]
+        np.testing.assert_allclose(sums, expected, atol=2e-4)
+
+
+def test_hf_tokenizer_with_a_first_token(tmp_path, tokenizer):
+    """The harness lets a tokenizer put its <s> before the context; build-nanogpt's convention knows none."""
+    folder = save_model(tmp_path, tiny_lm("Llama", 300), tokenizer, "<|endoftext|>")
+    _, its_tokenizer = hs.load_hf(folder, "cpu")
+    assert its_tokenizer.prefix == [256]
+    for render, first in ((hs.render_harness, [256]), (hs.render_completion, [])):
+        pairs, _ = render([simple_example("\ud800c")], its_tokenizer, its_tokenizer.prefix)  # half a surrogate pair
+        text = tokenizer.encode((": " if first else "") + "\ufffdc")
+        assert pairs[0] == (first + text, tokenizer.encode(" a"))
+
+
+def test_hf_command_line(command_line, tmp_path, capsys, tokenizer, monkeypatch):
+    folder = save_model(tmp_path / "hf", tiny_lm("Llama", 300), tokenizer, "<|endoftext|>")
+    out = tmp_path / "scores.jsonl"
+    assert command_line("--hf_model", str(folder), "--json", str(out)) == 0
+    assert "harness acc_norm" in capsys.readouterr().out
+    model, its_tokenizer = hs.load_hf(folder, "cpu")
+    scores = hs.score(model, its_tokenizer, make_examples(), packed=False, prefix=[256])
+    found = [json.loads(line)["harness"]["sums"] for line in out.read_text().splitlines()]
+    np.testing.assert_allclose(found, scores.sums["harness"], atol=1e-4)
+    for bad in (tmp_path / "none", tmp_path):
+        assert command_line("--hf_model", str(bad)) == 2
+        err = capsys.readouterr().err
+        assert "no causal language model" in err and "Traceback" not in err and err.count("error:") == 1
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert command_line("--hf_model", str(folder)) == 2
+    assert "pip install transformers" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------
+# lm-evaluation-harness itself.
+
+
+def harness_scores(folder, examples, scratch, batch_size=4):
+    """What lm-evaluation-harness, offline and in float32, makes of a Hugging Face folder on these examples:
+    (sums (N, 4) in nats, right by acc (N,), right by acc_norm (N,)). `scratch` is an empty folder to write in."""
+    pytest.importorskip("accelerate")  # lm_eval's own optional part
+    evaluator, huggingface = (pytest.importorskip(f"lm_eval.{m}") for m in ("evaluator", "models.huggingface"))
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    data = write_lines(scratch / "examples.jsonl", *examples)
+    task = {  # its hellaswag.yaml, but for where the data come from
+        "task": "hellaswag_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": str(scratch)},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "process_docs": process_docs,
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
+    lm = huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+    result = evaluator.simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)
+    samples = sorted(result["samples"]["hellaswag_local"], key=lambda sample: sample["doc_id"])
+    sums = np.array([[answer[0] for answer in sample["filtered_resps"]] for sample in samples])
+    return sums, *(np.array([sample[name] for sample in samples]) for name in ("acc", "acc_norm"))
+
+
+def assert_same_as_harness(scores, sums, acc, acc_norm, tie=1e-4):
+    """The `Scores` give the harness's sums, and its choices but for ties; returns how many examples are ties."""
+    np.testing.assert_allclose(scores.sums["harness"], sums, atol=1e-3)
+    choices, ties = scores.choices(), np.zeros(len(sums), dtype=bool)
+    for name, per_unit, right in (("acc", sums, acc), ("acc_norm", sums / scores.units["harness"], acc_norm)):
+        best = np.sort(per_unit, 1)
+        tied = best[:, -1] - best[:, -2] < tie
+        assert (choices[f"harness_{name}"] == per_unit.argmax(1))[~tied].all()
+        assert ((choices[f"harness_{name}"] == scores.labels) == right)[~tied].all()
+        ties |= tied
+    return int(ties.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, prefix, every", [("Llama", None, (4, 30)), ("GPT2", "<|endoftext|>", (100, 300))])
+def test_harness_gives_the_same(tmp_path, test_data, name, prefix, every):
+    """Guards every rule of the harness convention at once, on real text and with GPT-2's vocabulary."""
+    keep_freed_memory()  # both make large tables of logits, and the kernel would clear each page anew
+    tokenizer = load_tokenizer(test_data / "gpt2_tokenizer")
+    examples = hs.load_examples(test_data / "hellaswag" / "hellaswag_val.jsonl")
+    examples = (
+        examples[: 3243 : every[0]] + examples[3243 :: every[1]]
+    )  # ActivityNet's, which are short, then WikiHow's
+    folder = save_model(tmp_path / "hf", tiny_lm(name, 50257), tokenizer, prefix)
+    model, its_tokenizer = hs.load_hf(folder, "cpu")
+    options = {"packed": False, "prefix": its_tokenizer.prefix, "conventions": ["harness"]}
+    scores = hs.score(model, its_tokenizer, examples, **options)
+    ties = assert_same_as_harness(scores, *harness_scores(folder, examples, tmp_path))
+    print(f"{len(examples)} examples, {ties} of them ties")
+    assert len(examples) > (1000 if prefix is None else 50) and ties <= 0.01 * len(examples)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from files import write_whole
-from runtime import autocast, pick_device, pick_dtype
+from runtime import autocast, keep_freed_memory, pick_device, pick_dtype
 from tokenizer import replace_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -396,7 +396,7 @@ def score(
     and leaves the model in the mode it had. `poll` has to raise on all ranks or on none.
     """
     device = torch.device(device or next(model.parameters()).device)
-    batch_tokens = batch_tokens or (2048 if device.type == "cpu" else 16_384)  # CPUs like what fits their caches
+    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16_384)  # a CPU gains nothing from more
     block_size, shape = model.config.block_size, (len(conventions), len(examples), 4)
     rendered = [CONVENTIONS[name](examples, tokenizer, prefix) for name in conventions]
     pairs = [pair for some, _ in rendered for pair in some]
@@ -543,7 +543,7 @@ def parse_args(argv):
     add("--hf_model", metavar="NAME", help="score this Hugging Face folder or hub model instead (needs transformers)")
     add("--data", metavar="FILE", help=f"HellaSwag JSONL on this machine (default: {CACHE}, downloaded once)")
     add("--limit", type=int, metavar="N", help="examples, the first N of the file (default: all)")
-    add("--batch_tokens", type=int, metavar="N", help="in a batch, with padding (default: 16,384; on a CPU 2,048)")
+    add("--batch_tokens", type=int, metavar="N", help="in a batch, with padding (default: 16,384; on a CPU 1,024)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
     choices = ["auto", "float32", "bfloat16"]
     add("--dtype", choices=choices, default="auto", help="of products (default: auto, the hardware's fastest)")
@@ -563,6 +563,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)
     model, tokenizer = load_hf(args.hf_model, device) if args.hf_model else load_model(path, device)

@@ -212,7 +212,7 @@ def render_harness(examples, tokenizer, prefix=()):
 
 
 def harness_text(text: str) -> str:
-    """The text without WikiHow's marks: "[header] How to bow [title] Stand." is "How to bow. Stand."."""
+    """The text without WikiHow's marks: "How to bow [title] Stand. [step] Lean." is "How to bow. Stand. Lean."."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")  # once: of three spaces two remain
 

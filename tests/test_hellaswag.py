@@ -296,8 +296,10 @@ def test_an_ending_without_tokens_is_named(model, tokenizer):
 @pytest.mark.parametrize(
     "raw, text",
     [
-        ("[header] How to bow [title] Stand. [step] Lean.", " How to bow. Stand. Lean."),
+        ("How to bow [title] Stand. [step] Lean.", "How to bow. Stand. Lean."),
+        ("[header] How to bow", " How to bow"),
         (" ends with a mark [step] ", "ends with a mark "),
+        (" [title] Begins with one", " Begins with one"),  # stripped first, so there is no " [title]" to become ". "
         ("three   spaces", "three  spaces"),  # one pass of replace
         ("a [b] c ] d [e", "a c ] d [e"),
         ("line [a\nb] line", "line [a\nb] line"),  # the dot is no line break

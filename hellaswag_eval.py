@@ -4,26 +4,35 @@
 not asked a question; each ending is scored by the probability the model gives its tokens after
 the context, and the likeliest counts as its answer. How the text is cut into tokens and how
 lengths are evened out moves the result by points, so every number here carries the name of its
-convention:
+convention, and one run gives both:
 
   completion   raw context; each ending tokenised alone behind a space. `acc` compares summed
                log-probabilities, `acc_norm` their mean per token. The convention of
                build-nanogpt and llm.c, under which GPT-2 124M has 28.59 acc and 29.55 acc_norm.
+  harness      the activity's name before the context, WikiHow's marks removed; context and ending
+               tokenised together. `acc` compares sums, `acc_norm` sums per character. The convention
+               of lm-evaluation-harness, under which GPT-2 124M has 28.92 acc and 31.14 acc_norm.
 
-Notable: rows of one length share a batch, and the projection to the vocabulary, the dearest
-part of a small model, is computed only where an ending's token is predicted. Batches, not
-examples, are dealt out to the ranks, so each number is bit for bit the same on any number of them.
+Notable: the context is read once for its four endings, which lie behind it in one row, each
+seeing the context and itself, at the positions it would have alone. The projection to the
+vocabulary, the dearest part of a small model, is computed only where an ending's token is
+predicted. Batches, not examples, are dealt out to the ranks, so each number is bit for bit the
+same on any number of them.
 
-Shapes: N examples, 4 endings each, R = 4N rows, B rows in a batch, T tokens, C channels,
-E tokens of endings in a batch.
+Shapes: N examples, 4 endings each, S sequences (a context and one ending), B rows in a batch,
+T tokens in a row, C channels, E predicted tokens in a batch.
 """
 
 import hashlib
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import requests
@@ -34,7 +43,8 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from files import write_whole
-from runtime import autocast, pick_device, pick_dtype
+from runtime import autocast, keep_freed_memory, pick_device, pick_dtype
+from tokenizer import replace_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 BLOB = "0f5ee25d72216f12317d5d8a7b92deafa423d81e"  # the official file's git object id
@@ -46,10 +56,15 @@ MAX_BYTES = 64 * 2**20  # five times the official file; what is longer is someth
 ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
 OFFLINE = 20  # seconds without any answer, after which there is no other attempt
 
-GPT2_124M = {"completion_acc": 28.59, "completion_acc_norm": 29.55}  # percent, as build-nanogpt reports them
+GPT2_124M = {  # percent, on all examples, as build-nanogpt and lm-evaluation-harness report them
+    "completion_acc": 28.59,
+    "completion_acc_norm": 29.55,
+    "harness_acc": 28.92,
+    "harness_acc_norm": 31.14,
+}
 CHANCE = 25.0  # percent
 LOGIT_ROWS = 1024  # rows of logits alive at once: 0.2 GB of float32 with GPT-2's vocabulary
-IGNORE = -100  # the target of a position that predicts no ending token
+HF_BLOCK_SIZE = 2048  # context of a Hugging Face model that states none, as in lm-evaluation-harness
 
 # ---------------------------------------------------------------------------------------
 # The data.
@@ -125,9 +140,11 @@ def parse_example(line: bytes) -> dict:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(example, dict):
         raise ValueError(f"found a JSON {type(example).__name__}, expected an object")
-    ctx, label, endings = (example.get(key) for key in ("ctx", "label", "endings"))
-    if not isinstance(ctx, str):
-        raise ValueError(f"ctx is {ctx!r:.40}, expected a string")
+    example.setdefault("ctx_b", "")  # as in the dataset that lm-evaluation-harness reads
+    for key in ("activity_label", "ctx_a", "ctx_b", "ctx"):
+        if not isinstance(example.get(key), str):
+            raise ValueError(f"{key} is {example.get(key)!r:.40}, expected a string")
+    label, endings = example.get("label"), example.get("endings")
     if type(label) is not int or not 0 <= label <= 3:  # in Python True is an int
         raise ValueError(f"label is {label!r:.40}, expected an integer from 0 to 3")
     if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
@@ -136,7 +153,8 @@ def parse_example(line: bytes) -> dict:
 
 
 def load_examples(path=None, limit: int | None = None) -> list[dict]:
-    """Examples with ctx (str), label (0..3) and endings (4 str), in the file's order; the first `limit` of them.
+    """The first `limit` examples of the file, in its order: activity_label, ctx, ctx_a, ctx_b (str; ctx is
+    ctx_a and behind it the fragment ctx_b, "" if there is none), label (0..3) and endings (4 str).
 
     A `path` is taken as it is, whatever its number of lines; without one comes the official
     file. Raises UserError that names file and line where one is malformed.
@@ -159,22 +177,74 @@ def load_examples(path=None, limit: int | None = None) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------
+# The two conventions: text to (ids of the context, ids of an ending).
+
+
+def render_completion(examples, tokenizer, prefix=()):
+    """Pairs (ids of the context, ids of an ending), 4 for each example in the `completion` convention,
+    and the units (4N,) of the endings, by which acc_norm divides; None stands for their scored tokens.
+
+    There is nothing before the context, whatever the `prefix`.
+    """
+    pairs = []
+    texts = [text for e in examples for text in (e["ctx"], *(f" {ending}" for ending in e["endings"]))]
+    for context, *endings in groups(tokenizer.encode_batch(texts), 5):
+        context = context or [tokenizer.eot_token]  # the first token of an ending needs one before it
+        pairs += [(context, ending) for ending in endings]
+    return pairs, None
+
+
+def render_harness(examples, tokenizer, prefix=()):
+    """As `render_completion`, by the rules of lm-evaluation-harness 0.4; acc_norm divides by characters.
+
+    `prefix`: ids that the model's tokenizer puts before any text (Llama's <s>; GPT-2 has none).
+    """
+    pairs, texts, units = [], [], []
+    for e in examples:
+        query = harness_text(f"{e['activity_label']}: {e['ctx_a']} {e['ctx_b'].capitalize()}")
+        endings = [harness_text(ending) for ending in e["endings"]]
+        texts += [query.rstrip(), *(f"{query} {ending}" for ending in endings)]
+        units += [len(ending) for ending in endings]  # the space before it does not count
+    for context, *wholes in groups(tokenizer.encode_batch(texts), 5):
+        start = [*prefix, *context] or [tokenizer.eot_token]
+        pairs += [(start, whole[len(context) :]) for whole in wholes]  # spaces at the query's end go to the ending
+    return pairs, units
+
+
+def harness_text(text: str) -> str:
+    """The text without WikiHow's marks: "How to bow [title] Stand. [step] Lean." is "How to bow. Stand. Lean."."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")  # once: of three spaces two remain
+
+
+def groups(items, size):
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+CONVENTIONS = {"completion": render_completion, "harness": render_harness}
+
+
+# ---------------------------------------------------------------------------------------
 # The scores.
 
 
 @dataclass
 class Scores:
-    """What the model says about N examples; from it every accuracy follows."""
+    """What the model says about N examples; from it every accuracy follows. Dictionaries are by convention."""
 
     labels: np.ndarray  # (N,) which ending is the true one
-    sums: np.ndarray  # (N, 4) float64: summed log-probability of an ending's tokens, nats
-    tokens: np.ndarray  # (N, 4) how many tokens were summed
-    truncated: int  # examples of which some row lost its beginning
+    sums: dict[str, np.ndarray]  # (N, 4) float64: summed log-probability of an ending's tokens, nats
+    units: dict[str, np.ndarray]  # (N, 4) length of an ending: tokens for completion, characters for harness
+    truncated: int  # examples of which some sequence lost its beginning
 
     def choices(self) -> dict[str, np.ndarray]:
         """The ending (N,) that the model prefers, by the name of the accuracy; of equals the first."""
-        mean = self.sums / self.tokens
-        return {"completion_acc": self.sums.argmax(1), "completion_acc_norm": mean.argmax(1)}
+        result = {}
+        for name, sums in self.sums.items():
+            with np.errstate(divide="ignore"):  # an ending of nothing but marks is never chosen: -x / 0 = -inf
+                per_unit = sums / self.units[name]
+            result |= {f"{name}_acc": sums.argmax(1), f"{name}_acc_norm": per_unit.argmax(1)}
+        return result
 
     def summary(self) -> dict:
         """Accuracies as fractions of 1, each with its standard error, and the counts."""
@@ -186,14 +256,8 @@ class Scores:
         return result | {"examples": n, "truncated": self.truncated}
 
 
-def render_completion(example: dict, tokenizer) -> tuple[list[int], list[list[int]]]:
-    """(ids of the context, ids of each of the 4 endings) in the `completion` convention."""
-    context, *endings = tokenizer.encode_batch([example["ctx"]] + [" " + e for e in example["endings"]])
-    return context or [tokenizer.eot_token], endings  # the first token of an ending needs one before it
-
-
 def fit(context: list[int], ending: list[int], block_size: int) -> tuple[list[int], int]:
-    """A row: (ids, how many of the last are scored). What is too long loses its beginning.
+    """A sequence: (ids, how many of the last are scored). What is too long loses its beginning.
 
     The last id is predicted but never read, so block_size + 1 of them fit.
     """
@@ -201,88 +265,162 @@ def fit(context: list[int], ending: list[int], block_size: int) -> tuple[list[in
     return ids, min(len(ending), len(ids) - 1)
 
 
+class Row(NamedTuple):
+    """Sequences that are read together: the beginning that they share, then the rest of each in turn."""
+
+    ids: list[int]  # (T,)
+    positions: list[int]  # (T,) of each token in its own sequence
+    parts: list[int]  # (T,) 0 in the shared beginning, n in the rest of the n-th sequence
+    where: list[int]  # (E,) the token in this row after which an ending's token is predicted
+    targets: list[int]  # (E,) the id that should come
+    owners: list[int]  # (E,) number of the sequence to which the prediction counts
+
+
+def pack(sequences, numbers) -> Row:
+    """The row of the sequences (ids, scored) with these numbers.
+
+    What all of them begin with, as a rule the context, is in it once; where they begin differently, because
+    they lost their beginnings or were tokenised otherwise, less is shared and the scores stay the same.
+    """
+    inputs = [sequences[n][0][:-1] for n in numbers]
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*inputs)))
+    row = Row(inputs[0][:shared], list(range(shared)), [0] * shared, [], [], [])
+    for part, (number, read) in enumerate(zip(numbers, inputs), 1):
+        ids, scored = sequences[number]
+        shift, first = len(row.ids) - shared, len(read) - scored
+        row.where.extend(p if p < shared else p + shift for p in range(first, len(read)))
+        row.targets.extend(ids[-scored:])
+        row.owners.extend([number] * scored)
+        row.ids.extend(read[shared:])
+        row.positions.extend(range(shared, len(read)))
+        row.parts.extend([part] * (len(read) - shared))
+    return row
+
+
+def make_rows(sequences, block_size, packed=True) -> list[Row]:
+    """A row for each four sequences, or for each one where `packed` is False or four exceed block_size."""
+    rows = []
+    for four in groups(range(len(sequences)), 4):
+        row = pack(sequences, four) if packed else None
+        fits = row is not None and len(row.ids) <= block_size
+        rows += [row] if fits else [pack(sequences, [number]) for number in four]
+    return rows
+
+
 def batches(rows, batch_tokens: int):
-    """Lists of row numbers, longest rows first, so that too large a batch fails at once and not at the end.
+    """Lists of rows, longest rows first, so that too large a batch fails at once and not at the end.
 
     B rows padded to T tokens satisfy B·T <= batch_tokens, except that a batch has at least one row.
     """
-    order = sorted(range(len(rows)), key=lambda r: -len(rows[r][0]))  # stable: equals stay in order
+    rows = sorted(rows, key=lambda row: -len(row.ids))  # stable: equals stay in order
     start = 0
-    while start < len(order):
-        T = len(rows[order[start]][0]) - 1
-        end = start + max(1, batch_tokens // T)
-        yield order[start:end]
+    while start < len(rows):
+        end = start + max(1, batch_tokens // len(rows[start].ids))
+        yield rows[start:end]
         start = end
 
 
-def score_batch(model, rows, device) -> list[float]:
-    """Summed log-probability, nats, of the scored ids of each (ids, scored) in `rows`."""
-    B, T = len(rows), max(len(ids) for ids, _ in rows) - 1
-    inputs = torch.zeros(B, T, dtype=torch.long)  # padded on the right, where causal attention cannot look
-    targets = torch.full((B, T), IGNORE)
-    for b, (ids, scored) in enumerate(rows):
-        end = len(ids) - 1
-        inputs[b, :end] = torch.tensor(ids[:-1])
-        targets[b, end - scored : end] = torch.tensor(ids[-scored:])
-    where = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (E,) row after row
-    x = model.features(inputs.to(device)).flatten(0, 1)[where.to(device)]  # (E, C)
-    y = targets.flatten()[where].to(device)
+def visible(parts):
+    """Part of each token (B, T) -> mask (B, 1, T, T), True where a query may look: at the tokens up to
+    itself that belong to its own sequence. As each sees itself, no softmax is over nothing, padding's included."""
+    query, key = parts[:, :, None], parts[:, None, :]
+    causal = torch.ones(parts.size(1), parts.size(1), dtype=torch.bool, device=parts.device).tril()
+    return (((key == 0) | (key == query)) & causal)[:, None]
+
+
+def score_batch(model, batch, device, pieces=1) -> np.ndarray:
+    """Log-probability (E,), nats, of each target of the rows in turn; the logits are made in `pieces`."""
+    T = max(len(row.ids) for row in batch)
+    padded = torch.zeros(3, len(batch), T, dtype=torch.long)  # on the right, where nothing that counts looks
+    for b, row in enumerate(batch):
+        padded[:, b, : len(row.ids)] = torch.tensor([row.ids, row.positions, row.parts])
+    ids, positions, parts = padded.to(device)
+    where = torch.tensor([b * T + p for b, row in enumerate(batch) for p in row.where], device=device)
+    targets = torch.tensor([target for row in batch for target in row.targets], device=device)
+    if padded[2].any():
+        x = model.features(ids, positions=positions, mask=visible(parts))
+    else:  # one sequence a row: plain causal attention
+        x = model.features(ids)
+    x = x.flatten(0, 1)[where]  # (E, C)
     nats = [
-        F.cross_entropy(model.logits(x_part).float(), y_part, reduction="none")
-        for x_part, y_part in zip(x.split(LOGIT_ROWS), y.split(LOGIT_ROWS))
+        F.cross_entropy(model.logits(x_piece).float(), y_piece, reduction="none")
+        for x_piece, y_piece in zip(x.tensor_split(pieces), targets.tensor_split(pieces))
     ]
-    per_row = torch.cat(nats).cpu().double().split([scored for _, scored in rows])
-    return [-row.sum().item() for row in per_row]
+    return -torch.cat(nats).double().cpu().numpy()
 
 
-@torch.inference_mode()
-def score_rows(model, rows, device, batch_tokens, rank=0, world=1, progress=None) -> np.ndarray:
-    """Summed log-probability (R,), nats, of the scored ids of each (ids, scored) in `rows`.
+@torch.no_grad()  # not inference_mode, whose tensors a sharded model could not use again in training
+def score_sequences(
+    model, sequences, device, batch_tokens, rank=0, world=1, progress=None, poll=None, packed=True
+) -> np.ndarray:
+    """Summed log-probability (S,), nats, of the scored ids of each (ids, scored) in `sequences`.
 
-    With several ranks, 0 where another rank has the row: the sum over the ranks is whole.
-    After each batch `progress(sums, done)` is called, `done` (R,) being True where a row is scored.
+    With several ranks, 0 where another rank has the sequence: the sum over the ranks is whole. They go
+    in rounds, in each of which every rank calls `poll()`, once `model.features`, and `model.logits` as
+    often as the others: for a sharded model these are meetings of all ranks. After each batch of its own
+    a rank calls `progress(sums, done)`, `done` (S,) being True where a sequence is scored.
     """
-    sums, done = np.zeros(len(rows)), np.zeros(len(rows), dtype=bool)
+    todo = list(batches(make_rows(sequences, model.config.block_size, packed), batch_tokens))
+    pieces = max(-(-sum(len(row.targets) for row in batch) // LOGIT_ROWS) for batch in todo)
+    sums, done = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=bool)
     was_training = model.training
     model.eval()
     try:
-        for number, batch in enumerate(batches(rows, batch_tokens)):
-            if number % world == rank:
-                sums[batch] = score_batch(model, [rows[r] for r in batch], device)
-                done[batch] = True
-                if progress is not None:
-                    progress(sums, done)
+        for first in range(0, len(todo), world):
+            if poll is not None:
+                poll()
+            idle = first + rank >= len(todo)
+            batch = todo[-1][-1:] if idle else todo[first + rank]  # idle: the shortest row again, for nothing
+            log_p = score_batch(model, batch, device, pieces)
+            if idle:
+                continue
+            owners = np.concatenate([row.owners for row in batch])
+            np.add.at(sums, owners, log_p)
+            done[owners] = True
+            if progress is not None:
+                progress(sums, done)
     finally:
         model.train(was_training)
     return sums
 
 
 def score(
-    model, tokenizer, examples, device=None, batch_tokens=None, rank=0, world=1, reduce=None, progress=None
-) -> Scores:
+    model, tokenizer, examples, device=None, batch_tokens=None, rank=0, world=1, reduce=None, progress=None, poll=None,
+    conventions=tuple(CONVENTIONS), packed=True, prefix=(),
+) -> Scores:  # fmt: skip
     """The model's `Scores` on the examples, under the caller's autocast; log-probabilities are float32.
 
-    Every rank passes all the examples and gets the whole answer; `reduce`, needed where there are
-    several, adds a float64 tensor on `device` up over the ranks and returns it. `progress` is called
-    as in `score_rows`; what it raises ends the evaluation and leaves the model in the mode it had.
+    Every rank passes all the examples and gets the whole answer; `reduce`, needed where there are several,
+    adds a float64 tensor on `device` up over the ranks and returns it. `progress` and `poll` are called as in
+    `score_sequences`, which are in the order (convention, example, ending); what they raise ends the evaluation
+    and leaves the model in the mode it had. `poll` has to raise on all ranks or on none.
     """
     device = torch.device(device or next(model.parameters()).device)
-    batch_tokens = batch_tokens or (2048 if device.type == "cpu" else 16_384)  # CPUs like what fits their caches
-    block_size = model.config.block_size
-    rendered = [render_completion(example, tokenizer) for example in examples]
-    rows = [fit(context, ending, block_size) for context, endings in rendered for ending in endings]
-    sums = score_rows(model, rows, device, batch_tokens, rank, world, progress)
+    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16_384)  # a CPU gains nothing from more
+    block_size, shape = model.config.block_size, (len(conventions), len(examples), 4)
+    rendered = [CONVENTIONS[name](examples, tokenizer, prefix) for name in conventions]
+    pairs = [pair for some, _ in rendered for pair in some]
+    without = next((i for i, (_, ending) in enumerate(pairs) if not ending), None)
+    if without is not None:
+        raise UserError(f"HellaSwag example {without // 4 % len(examples)} has an ending without tokens")
+    sequences = [fit(context, ending, block_size) for context, ending in pairs]
+    sums = score_sequences(model, sequences, device, batch_tokens, rank, world, progress, poll, packed)
     if world > 1:
         sums = reduce(torch.from_numpy(sums).to(device)).cpu().numpy()
-    if not np.isfinite(sums).all():
-        bad = np.flatnonzero(~np.isfinite(sums))[0] // 4
-        raise UserError(f"the model gives the endings of HellaSwag example {bad} no finite log-probability")
-    longest = [len(context) + max(map(len, endings)) for context, endings in rendered]
+    bad = np.flatnonzero(~np.isfinite(sums))
+    if len(bad):
+        example = bad[0] // 4 % len(examples)
+        raise UserError(f"the model gives the endings of HellaSwag example {example} no finite log-probability")
+    tokens = np.array([scored for _, scored in sequences]).reshape(shape)
+    cut = np.array([len(context) + len(ending) > block_size + 1 for context, ending in pairs]).reshape(shape)
     return Scores(
         labels=np.array([example["label"] for example in examples]),
-        sums=sums.reshape(-1, 4),
-        tokens=np.array([scored for _, scored in rows]).reshape(-1, 4),
-        truncated=sum(length > block_size + 1 for length in longest),
+        sums=dict(zip(conventions, sums.reshape(shape))),
+        units={
+            name: tokens[i] if units is None else np.array(units).reshape(-1, 4)
+            for i, (name, (_, units)) in enumerate(zip(conventions, rendered))
+        },
+        truncated=int(cut.any((0, 2)).sum()),
     )
 
 
@@ -292,29 +430,93 @@ def evaluate(model, tokenizer, examples, **options) -> dict:
 
 
 # ---------------------------------------------------------------------------------------
+# Models of others.
+
+
+class HFModel(torch.nn.Module):
+    """A transformers causal language model under the names that `score` calls.
+
+    Some architectures scale or cap their logits after the projection. Where projecting the last states does
+    not give the very logits of the model's own forward pass, `features` are those logits, for all tokens.
+    Rows hold one sequence each (packed=False): positions and masks of packed ones are not one thing to all.
+    """
+
+    def __init__(self, lm, block_size):
+        super().__init__()
+        self.lm, self.config = lm.eval(), SimpleNamespace(block_size=block_size)
+        self.head = lm.get_output_embeddings()
+        self.plain = self.head is not None and lm.base_model is not lm
+        with torch.no_grad():
+            probe = torch.arange(8)[None]
+            self.plain = self.plain and torch.equal(self.logits(self.features(probe)), lm(input_ids=probe).logits)
+
+    def features(self, idx):
+        if self.plain:
+            return self.lm.base_model(input_ids=idx, use_cache=False).last_hidden_state
+        return self.lm(input_ids=idx, use_cache=False).logits
+
+    def logits(self, x):
+        return self.head(x) if self.plain else x
+
+
+class HFTokenizer:
+    """A transformers tokenizer under the names that `score` uses."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.eot_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.prefix = tokenizer("")["input_ids"]  # what it puts before any text
+
+    def encode_batch(self, texts):
+        texts = [replace_surrogates(text) for text in texts]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def load_hf(name, device) -> tuple[HFModel, HFTokenizer]:
+    """The model and tokenizer of a Hugging Face folder or hub name, with float32 weights. Raises UserError."""
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError("--hf_model needs the package transformers: pip install transformers") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)  # never a pickle
+    except Exception as error:  # the library raises whatever its parts do
+        why = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--hf_model {name}: no causal language model with a tokenizer and safetensors could be loaded ({why})"
+        ) from error
+    stated = (getattr(lm.config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))
+    block_size = next((size for size in stated if size), HF_BLOCK_SIZE)
+    return HFModel(lm, block_size).to(device), HFTokenizer(tokenizer)
+
+
+# ---------------------------------------------------------------------------------------
 # The command line.
 
 
 def running_accuracy(bar, labels):
-    """A `progress` that shows on the bar how many examples are complete, and the accuracy among them."""
+    """A `progress` that shows on the bar how many examples are complete, and the accuracies by sum among them."""
 
     def progress(sums, done):
-        complete = done.reshape(-1, 4).all(1)
-        right = sums.reshape(-1, 4).argmax(1) == labels
-        bar.set_postfix(completion_acc=f"{100 * right[complete].mean():.2f}" if complete.any() else "-", refresh=False)
+        complete = done.reshape(-1, len(labels), 4).all((0, 2))
+        right = sums.reshape(-1, len(labels), 4).argmax(2) == labels  # (conventions, N)
+        if complete.any():
+            shown = {f"{name}_acc": f"{100 * r[complete].mean():.2f}" for name, r in zip(CONVENTIONS, right)}
+            bar.set_postfix(shown, refresh=False)
         bar.update(int(complete.sum()) - bar.n)
 
     return progress
 
 
 def as_json_lines(scores: Scores) -> str:
-    """One object a line: index, label, sums (nats), tokens, choices."""
-    columns = zip(scores.labels.tolist(), scores.sums.tolist(), scores.tokens.tolist())
-    choices = {name: choice.tolist() for name, choice in scores.choices().items()}
-    lines = []
-    for index, (label, sums, tokens) in enumerate(columns):
-        line = {"index": index, "label": label, "sums": sums, "tokens": tokens}
-        line["choices"] = {name: choice[index] for name, choice in choices.items()}
+    """One object a line: index, label, by convention sums (nats) and units (tokens or characters), choices."""
+    choices, lines = scores.choices(), []
+    for index, label in enumerate(scores.labels.tolist()):
+        line = {"index": index, "label": label}
+        for name, sums in scores.sums.items():
+            line[name] = {"sums": sums[index].tolist(), "units": scores.units[name][index].tolist()}
+        line["choices"] = {name: int(choice[index]) for name, choice in choices.items()}
         lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
@@ -326,6 +528,7 @@ def report(result: dict) -> str:
         value = f"{100 * result[name]:.2f} ± {100 * result[f'{name}_stderr']:.2f}"
         lines.append(f"{name.replace('_', ' ', 1):<22}{value:>14}{reference:>12.2f}{CHANCE:>8.2f}")
     lines.append("completion: raw context; acc by sum, acc_norm by mean per token (build-nanogpt, llm.c)")
+    lines.append("harness: activity and cleaned context; acc by sum, acc_norm per character (lm-evaluation-harness)")
     if result["examples"] != LINES:
         lines.append(f"on {result['examples']:,} examples; GPT-2's numbers are for all {LINES:,}")
     if result["truncated"]:
@@ -337,9 +540,10 @@ def parse_args(argv):
     parser = Parser(description="Score a checkpoint on HellaSwag; the table goes to stdout.")
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
+    add("--hf_model", metavar="NAME", help="score this Hugging Face folder or hub model instead (needs transformers)")
     add("--data", metavar="FILE", help=f"HellaSwag JSONL on this machine (default: {CACHE}, downloaded once)")
     add("--limit", type=int, metavar="N", help="examples, the first N of the file (default: all)")
-    add("--batch_tokens", type=int, metavar="N", help="in a batch, with padding (default: 16,384; on a CPU 2,048)")
+    add("--batch_tokens", type=int, metavar="N", help="in a batch, with padding (default: 16,384; on a CPU 1,024)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
     choices = ["auto", "float32", "bfloat16"]
     add("--dtype", choices=choices, default="auto", help="of products (default: auto, the hardware's fastest)")
@@ -347,6 +551,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     given = {"limit": args.limit, "batch_tokens": args.batch_tokens}
     wrong = [f"--{name} is {n}; it must be at least 1" for name, n in given.items() if n is not None and n < 1]
+    if args.checkpoint and args.hf_model:
+        wrong.append("--checkpoint and --hf_model are both given; one run scores one model")
     if wrong:
         raise UserError("; ".join(wrong))
     return args
@@ -357,15 +563,19 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    path = find_checkpoint(args.checkpoint)
+    if device.type == "cpu":
+        keep_freed_memory()
+    path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)
-    model, tokenizer = load_model(path, device)
-    print(f"checkpoint {path.parent.name}/{path.name} on {device} in {dtype}", file=sys.stderr)
+    model, tokenizer = load_hf(args.hf_model, device) if args.hf_model else load_model(path, device)
+    name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
+    print(f"{name} on {device} in {dtype}", file=sys.stderr)
+    options = {"packed": False, "prefix": tokenizer.prefix} if args.hf_model else {}
     labels = np.array([example["label"] for example in examples])
     try:
         with autocast(device, dtype), tqdm(total=len(examples), unit=" examples", disable=None, leave=False) as bar:
             progress = running_accuracy(bar, labels)  # disable=None: no bar where stderr is not a terminal
-            scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress)
+            scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
     except torch.OutOfMemoryError as error:
         raise UserError("out of memory on the device; lower --batch_tokens") from error
     print(report(scores.summary()))

@@ -4,18 +4,22 @@ import copy
 import hashlib
 import http.server
 import json
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 import hellaswag_eval as hs
 from errors import UserError, run
 from model import GPT, GPTConfig
-from tokenizer import TextTokenizer
+from runtime import keep_freed_memory
+from tokenizer import TextTokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -31,119 +35,202 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = GPTConfig(block_size=48, vocab_size=320, valid_vocab_size=257, n_layer=2, n_head=2, n_embd=32, dropout=0.5)
-    gpt = GPT(config)
+    shape = {"block_size": 112, "vocab_size": 320, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    gpt = GPT(GPTConfig(**shape, valid_vocab_size=257, dropout=0.5))
     with torch.no_grad():
         gpt.wte.weight.mul_(20)  # far from uniform, so that endings differ in more than their length
     return gpt
 
 
 def make_examples(n=11, longest=24):
-    """Texts of many lengths, the same at every call; none longer than the model's context."""
+    """Texts of many lengths and with WikiHow's marks, the same at every call; no sequence exceeds the model's
+    context, but some rows of four do."""
     rng = np.random.default_rng(1)
 
     def text(least, most):
         return "".join(rng.choice(list("abcdefgh éß"), rng.integers(least, most))).strip() or "x"
 
-    return [
-        {"ctx": text(1, 12), "label": int(rng.integers(4)), "endings": [text(1, longest) for _ in range(4)]}
-        for _ in range(n)
-    ]
+    def example(i):
+        a, b = f"[header] {text(3, 20)} [title] X", text(1, 8) if i % 3 else ""
+        endings = [("Same " if i % 2 else "") + text(1, longest) + ("" if i % 4 else " [step]  y") for _ in range(4)]
+        context = {"activity_label": text(3, 9), "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}".strip()}
+        return {**context, "label": int(rng.integers(4)), "endings": endings}
+
+    return [example(i) for i in range(n)]
 
 
-def plain_score(model, tokenizer, example):
-    """One ending at a time, no padding, every logit: the convention as a reader would write it."""
-    sums, tokens = [], []
+def simple_example(ctx="c", label=0, endings=("a", "b", "c", "d")):
+    """One whose harness text is ": ", then the context."""
+    return {"activity_label": "", "ctx_a": ctx, "ctx_b": "", "ctx": ctx, "label": label, "endings": list(endings)}
+
+
+def clean(text):
+    for mark in ("[header]", "[step]", "[substeps]"):
+        text = text.strip().replace(" [title]", ". ").replace(mark, "")
+    return text.replace("  ", " ")
+
+
+def plain_score(model, tokenizer, example, convention):
+    """(sums, units) of one ending at a time, no padding, every logit: the convention as a reader would write it."""
+    sums, units = [], []
     for ending in example["endings"]:
-        context, ids = tokenizer.encode(example["ctx"]), tokenizer.encode(" " + ending)
+        if convention == "completion":
+            context, ids = tokenizer.encode(example["ctx"]), tokenizer.encode(" " + ending)
+            units.append(len(ids))
+        else:
+            b = example["ctx_b"][:1].upper() + example["ctx_b"][1:].lower()
+            context = tokenizer.encode(clean(example["activity_label"] + ": " + example["ctx_a"] + " " + b))
+            ids = tokenizer.encode(" " + clean(ending))
+            units.append(len(clean(ending)))
         with torch.no_grad():
             log_p = model(torch.tensor([context + ids]))[0].log_softmax(-1)
         sums.append(sum(log_p[len(context) + i - 1, token].item() for i, token in enumerate(ids)))
-        tokens.append(len(ids))
-    return sums, tokens
+    return sums, units
 
 
-def test_batches_give_what_a_plain_loop_gives(model, tokenizer):
-    """Guards the shift by one, the padding and the gathering of positions."""
-    examples = make_examples()
-    scores = hs.score(model, tokenizer, examples, batch_tokens=100)
+def count_calls(model, monkeypatch):
+    """A list that gets the name and the keywords of each call of the model's two methods."""
+    calls = []
+    for name in ("features", "logits"):
+        method = getattr(model, name)
+        monkeypatch.setattr(
+            model, name, lambda *a, name=name, method=method, **k: calls.append((name, sorted(k))) or method(*a, **k)
+        )
+    return calls
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+def test_batches_give_what_a_plain_loop_gives(model, tokenizer, monkeypatch, packed, batch_tokens):
+    """Guards the shift by one, positions and mask of packed rows, the padding, the gathering and both renderings."""
+    examples, labels = make_examples(), np.array([e["label"] for e in make_examples()])
     model.eval()
-    reference = [plain_score(model, tokenizer, e) for e in examples]
+    reference = {c: [plain_score(model, tokenizer, e, c) for e in examples] for c in hs.CONVENTIONS}
     model.train()
-    sums, tokens = (np.array(column) for column in zip(*reference))
-    np.testing.assert_allclose(scores.sums, sums, atol=1e-4)
-    assert (scores.tokens == tokens).all()
-    assert (scores.choices()["completion_acc"] == sums.argmax(1)).all()
-    assert (scores.choices()["completion_acc_norm"] == (sums / tokens).argmax(1)).all()
-    assert (sums.argmax(1) != (sums / tokens).argmax(1)).any()  # or the test could not tell them apart
-    labels = np.array([e["label"] for e in examples])
-    summary = scores.summary()
-    assert summary["completion_acc"] == (sums.argmax(1) == labels).mean()
-    assert summary["completion_acc_norm"] == ((sums / tokens).argmax(1) == labels).mean()
+    calls = count_calls(model, monkeypatch)
+    scores = hs.score(model, tokenizer, examples, batch_tokens=batch_tokens, packed=packed)
+    if batch_tokens == 1:  # rows one by one: rows of four and, where those exceed the context, of one
+        kinds = {tuple(keywords) for name, keywords in calls if name == "features"}
+        assert kinds == ({(), ("mask", "positions")} if packed else {()})
+    choices, summary = scores.choices(), scores.summary()
+    for convention, columns in reference.items():
+        sums, units = (np.array(column) for column in zip(*columns))
+        np.testing.assert_allclose(scores.sums[convention], sums, atol=1e-4)
+        assert (scores.units[convention] == units).all()
+        by_sum, by_mean = sums.argmax(1), (sums / units).argmax(1)
+        assert (by_sum != by_mean).any()  # or the test could not tell them apart
+        assert (choices[f"{convention}_acc"] == by_sum).all()
+        assert (choices[f"{convention}_acc_norm"] == by_mean).all()
+        assert summary[f"{convention}_acc"] == (by_sum == labels).mean()
+        assert summary[f"{convention}_acc_norm"] == (by_mean == labels).mean()
     assert summary["examples"] == 11 and summary["truncated"] == 0
+    assert list(summary)[:8] == [name + end for name in hs.GPT2_124M for end in ("", "_stderr")]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 37, 10_000])
-def test_batch_size_does_not_matter(model, tokenizer, batch_tokens):
+def test_one_convention_alone(model, tokenizer):
     examples = make_examples()
-    a = hs.score(model, tokenizer, examples)
-    b = hs.score(model, tokenizer, examples, batch_tokens=batch_tokens)
-    np.testing.assert_allclose(a.sums, b.sums, atol=1e-4)
-    assert a.summary() == b.summary()
+    both, harness = (hs.score(model, tokenizer, examples, conventions=c) for c in (hs.CONVENTIONS, ["harness"]))
+    np.testing.assert_allclose(harness.sums["harness"], both.sums["harness"], atol=1e-4)
+    assert list(harness.choices()) == ["harness_acc", "harness_acc_norm"]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])
-def test_logits_in_parts(model, tokenizer, monkeypatch, limit):
-    """Guards the border between two blocks of logits."""
+def test_logits_in_pieces(model, tokenizer, monkeypatch, limit):
+    """Guards the border between two pieces of logits."""
     examples = make_examples(3)
     whole = hs.score(model, tokenizer, examples).sums
     monkeypatch.setattr(hs, "LOGIT_ROWS", limit)
-    np.testing.assert_allclose(hs.score(model, tokenizer, examples).sums, whole, atol=1e-4)
+    found = hs.score(model, tokenizer, examples).sums
+    for convention in whole:
+        np.testing.assert_allclose(found[convention], whole[convention], atol=1e-4)
 
 
 def test_batches_keep_the_budget_and_every_row():
-    rows = [([0] * n, 1) for n in [3, 9, 2, 50, 9, 4, 9]]
+    rows = [hs.pack([(list(range(n + 1)), 1)], [0]) for n in [3, 9, 2, 50, 9, 4, 9]]
     found = list(hs.batches(rows, 20))
-    assert sorted(r for batch in found for r in batch) == list(range(7))
-    assert found[0] == [3]  # alone, as it exceeds the budget by itself
-    assert all(len(b) * (max(len(rows[r][0]) for r in b) - 1) <= 20 for b in found[1:])
+    assert sorted(len(row.ids) for batch in found for row in batch) == [2, 3, 4, 9, 9, 9, 50]
+    assert [len(row.ids) for row in found[0]] == [50]  # alone, as it exceeds the budget by itself
+    assert all(len(batch) * max(len(row.ids) for row in batch) <= 20 for batch in found[1:])
+
+
+def test_a_row_shares_what_its_sequences_begin_with():
+    """Guards an ending that begins as the others do, one of a single token, and none in common at all."""
+    row = hs.pack([([7, 8, 1, 2, 3], 3), ([7, 8, 1, 4, 5], 3), ([7, 8, 1], 1), ([7, 8, 1, 4], 2)], [0, 1, 2, 3])
+    assert row.ids == [7, 8, 1, 2, 1, 4, 1] and row.positions == [0, 1, 2, 3, 2, 3, 2]
+    assert row.parts == [0, 0, 1, 1, 2, 2, 4] and row.owners == [0, 0, 0, 1, 1, 1, 2, 3, 3]
+    assert row.where == [1, 2, 3, 1, 4, 5, 1, 1, 6] and row.targets == [1, 2, 3, 1, 4, 5, 1, 1, 4]
+    row = hs.pack([([1, 2, 3], 1), ([2, 2, 3], 2)], [0, 1])
+    assert row.ids == [1, 2, 2, 2] and row.positions == [0, 1, 0, 1] and row.parts == [1, 1, 2, 2]
+
+
+def test_who_sees_whom():
+    """A row of softmax that may look nowhere would be NaN, and a cheating one would look ahead."""
+    mask = hs.visible(torch.tensor([[0, 0, 1, 1, 2, 2], [0, 1, 2, 0, 0, 0]]))  # the second has padding
+    assert mask.shape == (2, 1, 6, 6)
+    looks = [[query.nonzero()[:, 0].tolist() for query in row[0]] for row in mask]
+    assert looks[0] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5]]
+    assert looks[1][:3] == [[0], [0, 1], [0, 2]] and all(looks[1])
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("batch_tokens", [60, 100_000])  # uneven shares; one batch, so ranks without any
-def test_world_size_does_not_matter(model, tokenizer, world, batch_tokens):
-    """Bit for bit: the ranks share the batches of a single rank, and never make other ones."""
+@pytest.mark.parametrize("batch_tokens", [300, 100_000])  # uneven shares; one batch, so ranks without any
+def test_world_size_does_not_matter(model, tokenizer, monkeypatch, world, batch_tokens):
+    """Bit for bit: the ranks share the batches of a single rank, and never make other ones. And in lock-step:
+    the forward pass of a sharded model waits for all ranks, so one call more on one of them is a deadlock."""
     examples = make_examples()
+    calls, shares, per_rank, done_by = count_calls(model, monkeypatch), [], [], []
+    monkeypatch.setattr(hs, "LOGIT_ROWS", 150)  # several pieces of logits
     single = hs.score(model, tokenizer, examples, batch_tokens=batch_tokens)
-    shares = []
     for rank in range(world):
-        args = {"batch_tokens": batch_tokens, "rank": rank, "world": world}
-        hs.score(model, tokenizer, examples, reduce=lambda t: shares.append(t) or t, **args)
+        calls.clear()
+        args = {"batch_tokens": batch_tokens, "rank": rank, "world": world, "reduce": lambda t: shares.append(t) or t}
+        done_by.append(0)
+        args["progress"] = lambda sums, done: done_by.__setitem__(-1, int(done.sum()))
+        hs.score(model, tokenizer, examples, poll=lambda: calls.append(("poll", [])), **args)
+        per_rank.append([name for name, _ in calls])
+    assert all(calls == per_rank[0] for calls in per_rank)
+    assert per_rank[0][0] == "poll" and per_rank[0].count("poll") == per_rank[0].count("features")
+    assert per_rank[0].count("logits") > per_rank[0].count("features")
+    assert sum(done_by) == 8 * len(examples)
     for rank in range(world):
-        args = {"batch_tokens": batch_tokens, "rank": rank, "world": world}
-        whole = hs.score(model, tokenizer, examples, reduce=lambda t: sum(shares), **args)
-        assert (whole.sums == single.sums).all()
+        args = {"batch_tokens": batch_tokens, "rank": rank, "world": world, "reduce": lambda t: sum(shares)}
+        whole = hs.score(model, tokenizer, examples, **args)
+        assert all((whole.sums[c] == single.sums[c]).all() for c in hs.CONVENTIONS)
         assert whole.summary() == single.summary()
 
 
-def test_too_long_rows_lose_their_beginning_and_are_counted(model, tokenizer):
+def test_too_long_sequences_lose_their_beginning_and_are_counted(model, tokenizer):
     T = model.config.block_size
-    fits = {"ctx": "c" * (T - 9), "label": 0, "endings": ["e" * 9, "e", "ee", "eee"]}  # T + 1 ids: the last is not read
-    long_context = {"ctx": "c" * (T - 8), "label": 0, "endings": ["e" * 9, "e", "ee", "eee"]}
-    long_ending = {"ctx": "c", "label": 0, "endings": ["e" * (T + 5), "e", "ee", "eee"]}
+    fits = simple_example("c" * (T - 11), endings=["e" * 9, "e", "ee", "eee"])  # T + 1 ids; the last is not read
+    long_context = simple_example("c" * (T - 10), endings=["e" * 9, "e", "ee", "eee"])  # too long with harness's ": "
+    long_ending = simple_example(endings=["e" * (T + 5), "e", "ee", "eee"])
     assert hs.evaluate(model, tokenizer, [fits])["truncated"] == 0
     assert hs.evaluate(model, tokenizer, [fits, long_context, long_ending])["truncated"] == 2
+    assert hs.evaluate(model, tokenizer, [long_context, long_ending], conventions=["completion"])["truncated"] == 1
     scores = hs.score(model, tokenizer, [long_context, long_ending])
-    assert scores.tokens.tolist() == [[10, 2, 3, 4], [T, 2, 3, 4]]
-    short = {**long_context, "ctx": "c" * (T - 9)}  # cutting by hand what is cut from the left
-    np.testing.assert_allclose(scores.sums[0, 0], hs.score(model, tokenizer, [short]).sums[0, 0], atol=1e-4)
+    assert scores.units["completion"].tolist() == [[10, 2, 3, 4], [T, 2, 3, 4]]
+    cut = {**long_context, "activity_label": "", "ctx_a": "c" * (T - 10)}
+    model.eval()
+    with torch.no_grad():  # cutting by hand what is cut from the left
+        ids = tokenizer.encode(": " + cut["ctx_a"] + " " + "e" * 9)[1:]
+        log_p = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    model.train()
+    np.testing.assert_allclose(scores.sums["harness"][0, 0], log_p[-10:, :].gather(
+        1, torch.tensor(ids[-10:])[:, None]).sum().item(), atol=1e-4)  # fmt: skip
 
 
 def test_ties_and_an_empty_context(model, tokenizer):
-    scores = hs.score(model, tokenizer, [{"ctx": "", "label": 1, "endings": ["same"] * 4}])
-    assert np.isfinite(scores.sums).all()
-    scores.sums[:] = -1.0
-    assert [choice.tolist() for choice in scores.choices().values()] == [[0], [0]]
+    scores = hs.score(model, tokenizer, [simple_example("", 1, ["same"] * 4)])
+    for sums in scores.sums.values():
+        assert np.isfinite(sums).all()
+        sums[:] = -1.0
+    assert [choice.tolist() for choice in scores.choices().values()] == [[0]] * 4
+
+
+def test_an_ending_of_marks_alone_is_never_the_harness_choice(model, tokenizer):
+    """It has no characters to divide by: NaN would be preferred by argmax, and a warning would be printed."""
+    example = simple_example(endings=["[step]", "long enough", "b", "c"])
+    assert hs.score(model, tokenizer, [example]).choices()["harness_acc_norm"] != [0]
 
 
 def test_training_is_not_disturbed(model, tokenizer):
@@ -155,41 +242,123 @@ def test_training_is_not_disturbed(model, tokenizer):
     assert model.training and torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
 
-    def stop(sums, done):
+    def stop(*args):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        hs.evaluate(model, tokenizer, make_examples(3), progress=stop)
-    assert model.training
+    for name in ("progress", "poll"):
+        with pytest.raises(KeyboardInterrupt):
+            hs.evaluate(model, tokenizer, make_examples(3), **{name: stop})
+        assert model.training
 
 
 @pytest.mark.parametrize("how", ["autocast", "weights"])
 def test_softmax_is_float32(model, how):
     """bfloat16 log-probabilities have three digits: they would lie on a coarse grid."""
-    rows = [([i, 2 * i, 250 - i], 1) for i in range(20)]
+    batch = [hs.pack([([i, 2 * i, 250 - i], 1), ([i, 2 * i, 3, 7], 2)], [0, 1]) for i in range(20)]
     rough = copy.deepcopy(model.eval())
     if how == "weights":
         rough = rough.bfloat16()
     with torch.inference_mode():
-        exact = hs.score_batch(model, rows, "cpu")
+        exact = hs.score_batch(model, batch, "cpu")
         with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-            found = torch.tensor(hs.score_batch(rough, rows, "cpu"), dtype=torch.float64)
+            found = torch.tensor(hs.score_batch(rough, batch, "cpu"))
+    model.train()
     np.testing.assert_allclose(found, exact, atol=0.5)
-    assert (found.bfloat16().double() != found).sum() > 10
+    assert (found.bfloat16().double() != found).sum() > 30
 
 
 def test_a_model_without_finite_numbers_has_no_accuracy(tokenizer):
-    gpt = GPT(GPTConfig(block_size=48, vocab_size=257, valid_vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    gpt = GPT(GPTConfig(block_size=112, vocab_size=257, valid_vocab_size=257, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
         gpt.wte.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="example 0 no finite"):
         hs.evaluate(gpt, tokenizer, make_examples(2))
 
 
+def test_an_ending_without_tokens_is_named(model, tokenizer):
+    """A tokenizer that drops spaces leaves nothing of an ending of marks; its sum of nothing, 0, would win."""
+
+    class Strips:
+        eot_token = 256
+
+        def encode_batch(self, texts):
+            return tokenizer.encode_batch([text.strip() for text in texts])
+
+    good, empty = simple_example(), simple_example(endings=["a", "b", "[step]", "d"])
+    with pytest.raises(UserError, match="example 1 has an ending without tokens"):
+        hs.evaluate(model, Strips(), [good, empty, good])
+
+
+# ---------------------------------------------------------------------------------------
+# The text of lm-evaluation-harness.
+
+
+@pytest.mark.parametrize(
+    "raw, text",
+    [
+        ("How to bow [title] Stand. [step] Lean.", "How to bow. Stand. Lean."),
+        ("[header] How to bow", " How to bow"),
+        (" ends with a mark [step] ", "ends with a mark "),
+        (" [title] Begins with one", " Begins with one"),  # stripped first, so there is no " [title]" to become ". "
+        ("three   spaces", "three  spaces"),  # one pass of replace
+        ("a [b] c ] d [e", "a c ] d [e"),
+        ("line [a\nb] line", "line [a\nb] line"),  # the dot is no line break
+    ],
+)
+def test_harness_text(raw, text):
+    assert hs.harness_text(raw) == text
+
+
+class Merging:
+    """A tokenizer that has a token for "s x" and so does not split where an ending begins; others are characters."""
+
+    eot_token = 0
+
+    def encode_batch(self, texts):
+        return [[ord(c) for c in text.replace("s x", "€")] for text in texts]
+
+
+def test_harness_cuts_where_the_context_alone_ends():
+    """The context keeps the tokens it has alone; the ending is what the joint text has behind as many."""
+    pairs, units = hs.render_harness([simple_example("cats", 0, ["xyz", "ab", "x", "q"])], Merging())
+    assert [("".join(map(chr, c)), "".join(map(chr, e))) for c, e in pairs] == [
+        (": cats", "yz"), (": cats", " ab"), (": cats", ""), (": cats", " q"),
+    ]  # fmt: skip
+    assert units == [3, 2, 1, 1]
+    pairs, _ = hs.render_harness([simple_example("c [step]", 0, "abcd")], Merging(), prefix=[1])
+    assert pairs[0] == ([1, *map(ord, ": c")], [*map(ord, "  a")])  # spaces at the context's end go to the ending
+
+
+def test_rendering_is_that_of_lm_eval(test_data):
+    """Against the harness's own functions, on real text with its marks put back."""
+    lm_eval_model = pytest.importorskip("lm_eval.api.model")
+    from lm_eval.tasks.hellaswag import utils
+
+    tokenizer = load_tokenizer(test_data / "gpt2_tokenizer")
+    examples = hs.load_examples(test_data / "hellaswag" / "hellaswag_val.jsonl")[::101]
+    for i, e in enumerate(examples):
+        e["ctx_a"] = e["ctx_a"].replace(". ", [". ", " [title] ", ". [step] ", " [substeps]"][i % 4], 1)
+        e["endings"] = [["", "[title] ", "[step]"][j % 3] + x + " [x]" * (j % 2) for j, x in enumerate(e["endings"])]
+
+    class Documents(list):
+        def map(self, function):
+            return [function(e) for e in self]
+
+    encoder = SimpleNamespace(backend="causal", tok_encode=tokenizer.encode)
+    expected, characters = [], []
+    for document in utils.process_docs(Documents(examples)):
+        for choice in document["choices"]:
+            pair = lm_eval_model.TemplateLM._encode_pair(encoder, document["query"], " " + choice)
+            expected.append(tuple(map(list, pair)))
+            characters.append(len(choice))
+    pairs, units = hs.render_harness(examples, tokenizer)
+    assert len(pairs) == 400 and pairs == expected and units == characters
+
+
 # ---------------------------------------------------------------------------------------
 # Files.
 
-GOOD = {"ctx": "A man sits.", "label": 2, "endings": ["a", "b", "c", "d"]}
+GOOD = simple_example("A man sits.", 2)
 
 
 def write_lines(path, *lines):
@@ -208,13 +377,16 @@ def write_lines(path, *lines):
         ("[1, 2]", "a JSON list"),
         ("[" * 100_000, "recursion"),
         ({**GOOD, "ctx": 5}, "ctx is 5"),
+        ({**GOOD, "ctx_b": None}, "ctx_b is None"),
+        ({key: GOOD[key] for key in ("activity_label", "ctx", "label", "endings")}, "ctx_a is None"),
+        ({**GOOD, "activity_label": ["x"]}, r"activity_label is \['x'\]"),
         ({**GOOD, "label": 4}, "label is 4"),
         ({**GOOD, "label": "2"}, "label is '2'"),
         ({**GOOD, "label": True}, "label is True"),
         ({**GOOD, "endings": ["a", "b", "c"]}, "expected 4 strings"),
         ({**GOOD, "endings": ["a", "b", "c", ""]}, "none of them empty"),
         ({**GOOD, "endings": ["a", "b", "c", 1]}, "expected 4 strings"),
-        ({"label": 1}, "ctx is None"),
+        ({"label": 1}, "activity_label is None"),
     ],
 )
 def test_malformed_line_is_named(tmp_path, line, why):
@@ -227,6 +399,8 @@ def test_local_files(tmp_path):
     path = write_lines(tmp_path / "some.jsonl", GOOD, {**GOOD, "label": 0}, GOOD)
     assert [e["label"] for e in hs.load_examples(path)] == [2, 0, 2]
     assert [e["label"] for e in hs.load_examples(path, limit=2)] == [2, 0]
+    without = {key: value for key, value in GOOD.items() if key != "ctx_b"}  # no fragment: as if empty
+    assert hs.load_examples(write_lines(tmp_path / "without.jsonl", without))[0]["ctx_b"] == ""
     with pytest.raises(UserError, match="no examples"):
         hs.load_examples(write_lines(tmp_path / "empty.jsonl"))
     with pytest.raises(UserError, match=r"missing\.jsonl: cannot be read"):
@@ -396,19 +570,28 @@ def command_line(tmp_path, monkeypatch, model, tokenizer):
 
 def test_command_line(command_line, tmp_path, capsys, model, tokenizer):
     out = tmp_path / "scores.jsonl"
-    assert command_line("--limit", "7", "--batch_tokens", "64", "--json", str(out)) == 0
+    assert command_line("--limit", "7", "--batch_tokens", "300", "--json", str(out)) == 0
     table = capsys.readouterr().out
-    for words in ("completion acc ", "completion acc_norm ", "28.59", "29.55", "25.00", "±", "7 examples"):
+    for words in (
+        "completion acc ",
+        "completion acc_norm ",
+        "harness acc ",
+        "harness acc_norm ",
+        "31.14",
+        "25.00",
+        "±",
+    ):
         assert words in table
+    assert "on 7 examples" in table
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     scores = hs.score(model, tokenizer, make_examples()[:7])
     assert [line["index"] for line in lines] == list(range(7))
     assert [line["label"] for line in lines] == scores.labels.tolist()
-    assert [line["tokens"] for line in lines] == scores.tokens.tolist()
-    assert [line["choices"]["completion_acc_norm"] for line in lines] == scores.choices()[
-        "completion_acc_norm"
-    ].tolist()
-    np.testing.assert_allclose([line["sums"] for line in lines], scores.sums, atol=1e-4)
+    for name in hs.CONVENTIONS:
+        np.testing.assert_allclose([line[name]["sums"] for line in lines], scores.sums[name], atol=1e-4)
+        assert [line[name]["units"] for line in lines] == scores.units[name].tolist()
+    for name, choice in scores.choices().items():
+        assert [line["choices"][name] for line in lines] == choice.tolist()
 
 
 def test_command_line_errors(command_line, tmp_path, capsys):
@@ -419,10 +602,12 @@ def test_command_line_errors(command_line, tmp_path, capsys):
     assert command_line("--limit", "0", "--batch_tokens", "-1") == 2
     err = capsys.readouterr().err
     assert "--limit is 0" in err and "--batch_tokens is -1" in err
+    assert command_line("--checkpoint", "a", "--hf_model", "b") == 2
+    assert "both given" in capsys.readouterr().err
 
 
 def test_out_of_memory_names_the_flag(command_line, model, monkeypatch, capsys):
-    def features(*args):
+    def features(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model, "features", features)
@@ -431,23 +616,178 @@ def test_out_of_memory_names_the_flag(command_line, model, monkeypatch, capsys):
 
 
 def test_bar_counts_complete_examples():
+    """An example counts when all its endings are scored in both conventions."""
+
     class Bar:
-        n, text = 0, ""
+        n, shown = 0, None
 
         def update(self, more):
             self.n += more
 
-        def set_postfix(self, completion_acc, refresh):
-            self.text = completion_acc
+        def set_postfix(self, shown, refresh):
+            self.shown = list(shown.values())
 
     bar, labels = Bar(), np.array([1, 0])
     progress = hs.running_accuracy(bar, labels)
-    sums, done = np.array([-2.0, -1, -3, -4, -9, -8, -7, -6]), np.array([True] * 3 + [False] * 5)
+    sums = np.array([-2.0, -1, -3, -4, -9, -8, -7, -6, -1, -2, -3, -4, -1, -2, -3, -4])
+    done = np.array([True] * 4 + [False] * 4 + [True] * 3 + [False] * 5)
     progress(sums, done)
-    assert (bar.n, bar.text) == (0, "-")
-    done[3] = True
+    assert (bar.n, bar.shown) == (0, None)
+    done[11] = True
     progress(sums, done)
-    assert (bar.n, bar.text) == (1, "100.00")
+    assert (bar.n, bar.shown) == (1, ["100.00", "0.00"])
     done[:] = True
     progress(sums, done)
-    assert (bar.n, bar.text) == (2, "50.00")
+    assert (bar.n, bar.shown) == (2, ["50.00", "50.00"])
+
+
+def test_benchmark_runs(tmp_path, tokenizer, capsys, monkeypatch):
+    """A benchmark that nobody runs for months stops running."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bench_hellaswag
+
+    tokenizer.save(tmp_path)
+    data = write_lines(tmp_path / "some.jsonl", *make_examples())
+    flags = ["--tiny", "--examples", "3", "--repeats", "1", "--device", "cpu"]
+    bench_hellaswag.main([*flags, "--data", str(data), "--tokenizer", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert all(f"\n{way} " in out for way in ("plain", "completion", "both")) and "3 examples" in out
+    assert float(out.split("at most ")[1].split()[0]) < 1e-3  # the three ways do the same work
+
+
+# ---------------------------------------------------------------------------------------
+# Models of others.
+
+
+def save_model(folder, lm, tokenizer, prefix=None):
+    """A Hugging Face folder of the model and a `TextTokenizer`; `prefix` names a token put before every text."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(tokenizer.backend.to_str())
+    if prefix is not None:
+        number = backend.token_to_id(prefix)
+        backend.post_processor = processors.TemplateProcessing(f"{prefix} $A", special_tokens=[(prefix, number)])
+    lm.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def tiny_lm(name, vocab_size, **changes):
+    """One random layer whose outputs are far from uniform, so that few endings are near ties."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocab_size, **sizes, **changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def as_ours(lm):
+    """The model as `plain_score` calls ours."""
+    return lambda ids: lm(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("name, plain", [("Llama", True), ("Gemma2", False)])
+def test_hf_model(tmp_path, tokenizer, name, plain):
+    """Guards the projection of the scored tokens alone, and that it is not used where (as with Gemma 2's cap)
+    logits are more than that."""
+    lm = tiny_lm(name, 300)
+    found, its_tokenizer = hs.load_hf(save_model(tmp_path, lm, tokenizer), "cpu")
+    assert found.plain == plain and found.config.block_size == 512 and list(its_tokenizer.prefix) == []
+    scores = hs.score(found, its_tokenizer, make_examples(5), packed=False)
+    for convention, sums in scores.sums.items():
+        expected = [plain_score(as_ours(lm), tokenizer, e, convention)[0] for e in make_examples(5)]
+        np.testing.assert_allclose(sums, expected, atol=2e-4)
+
+
+def test_hf_tokenizer_with_a_first_token(tmp_path, tokenizer):
+    """The harness lets a tokenizer put its <s> before the context; build-nanogpt's convention knows none."""
+    folder = save_model(tmp_path, tiny_lm("Llama", 300), tokenizer, "<|endoftext|>")
+    _, its_tokenizer = hs.load_hf(folder, "cpu")
+    assert its_tokenizer.prefix == [256]
+    for render, first in ((hs.render_harness, [256]), (hs.render_completion, [])):
+        pairs, _ = render([simple_example("\ud800c")], its_tokenizer, its_tokenizer.prefix)  # half a surrogate pair
+        text = tokenizer.encode((": " if first else "") + "\ufffdc")
+        assert pairs[0] == (first + text, tokenizer.encode(" a"))
+
+
+def test_hf_command_line(command_line, tmp_path, capsys, tokenizer, monkeypatch):
+    folder = save_model(tmp_path / "hf", tiny_lm("Llama", 300), tokenizer, "<|endoftext|>")
+    out = tmp_path / "scores.jsonl"
+    assert command_line("--hf_model", str(folder), "--json", str(out)) == 0
+    assert "harness acc_norm" in capsys.readouterr().out
+    model, its_tokenizer = hs.load_hf(folder, "cpu")
+    scores = hs.score(model, its_tokenizer, make_examples(), packed=False, prefix=[256])
+    found = [json.loads(line)["harness"]["sums"] for line in out.read_text().splitlines()]
+    np.testing.assert_allclose(found, scores.sums["harness"], atol=1e-4)
+    for bad in (tmp_path / "none", tmp_path):
+        assert command_line("--hf_model", str(bad)) == 2
+        err = capsys.readouterr().err
+        assert "no causal language model" in err and "Traceback" not in err and err.count("error:") == 1
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert command_line("--hf_model", str(folder)) == 2
+    assert "pip install transformers" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------
+# lm-evaluation-harness itself.
+
+
+def harness_scores(folder, examples, scratch, batch_size=4):
+    """What lm-evaluation-harness, offline and in float32, makes of a Hugging Face folder on these examples:
+    (sums (N, 4) in nats, right by acc (N,), right by acc_norm (N,)). `scratch` is an empty folder to write in."""
+    pytest.importorskip("accelerate")  # lm_eval's own optional part
+    evaluator, huggingface = (pytest.importorskip(f"lm_eval.{m}") for m in ("evaluator", "models.huggingface"))
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    data = write_lines(scratch / "examples.jsonl", *examples)
+    task = {  # its hellaswag.yaml, but for where the data come from
+        "task": "hellaswag_local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": str(scratch)},
+        "output_type": "multiple_choice",
+        "validation_split": "validation",
+        "process_docs": process_docs,
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+    }
+    lm = huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+    result = evaluator.simple_evaluate(lm, tasks=[task], log_samples=True, bootstrap_iters=0)
+    samples = sorted(result["samples"]["hellaswag_local"], key=lambda sample: sample["doc_id"])
+    sums = np.array([[answer[0] for answer in sample["filtered_resps"]] for sample in samples])
+    return sums, *(np.array([sample[name] for sample in samples]) for name in ("acc", "acc_norm"))
+
+
+def assert_same_as_harness(scores, sums, acc, acc_norm, tie=1e-4):
+    """The `Scores` give the harness's sums, and its choices but for ties; returns how many examples are ties."""
+    np.testing.assert_allclose(scores.sums["harness"], sums, atol=1e-3)
+    choices, ties = scores.choices(), np.zeros(len(sums), dtype=bool)
+    for name, per_unit, right in (("acc", sums, acc), ("acc_norm", sums / scores.units["harness"], acc_norm)):
+        best = np.sort(per_unit, 1)
+        tied = best[:, -1] - best[:, -2] < tie
+        assert (choices[f"harness_{name}"] == per_unit.argmax(1))[~tied].all()
+        assert ((choices[f"harness_{name}"] == scores.labels) == right)[~tied].all()
+        ties |= tied
+    return int(ties.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, prefix, every", [("Llama", None, (4, 34)), ("GPT2", "<|endoftext|>", (100, 300))])
+def test_harness_gives_the_same(tmp_path, test_data, name, prefix, every):
+    """Guards every rule of the harness convention at once, on real text and with GPT-2's vocabulary."""
+    keep_freed_memory()  # both make large tables of logits, and the kernel would clear each page anew
+    tokenizer = load_tokenizer(test_data / "gpt2_tokenizer")
+    examples = hs.load_examples(test_data / "hellaswag" / "hellaswag_val.jsonl")
+    examples = (
+        examples[: 3243 : every[0]] + examples[3243 :: every[1]]
+    )  # ActivityNet's, which are short, then WikiHow's
+    folder = save_model(tmp_path / "hf", tiny_lm(name, 50257), tokenizer, prefix)
+    model, its_tokenizer = hs.load_hf(folder, "cpu")
+    options = {"packed": False, "prefix": its_tokenizer.prefix, "conventions": ["harness"]}
+    scores = hs.score(model, its_tokenizer, examples, **options)
+    ties = assert_same_as_harness(scores, *harness_scores(folder, examples, tmp_path))
+    print(f"{len(examples)} examples, {ties} of them ties")
+    assert len(examples) > (1000 if prefix is None else 50) and ties <= 0.01 * len(examples)

@@ -117,12 +117,10 @@ class Runtime:
                 box = [(function(), None)]
             except Exception as error:
                 mine = error
-                kinds = (
-                    ((UserError, OSError), SystemExit(2)),
-                    (Stopped, Stopped()),
-                )  # what can be said in another process
-                said = [other for kind, other in kinds if isinstance(error, kind)]
-                box = [(None, said[0] if said else RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}"))]
+                elsewhere = RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
+                for kind, other in ((Stopped, Stopped()), ((UserError, OSError), SystemExit(2))):
+                    elsewhere = other if isinstance(error, kind) else elsewhere
+                box = [(None, elsewhere)]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         result, error = box[0]
         if error is not None:

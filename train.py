@@ -557,14 +557,13 @@ def report(row) -> str:
 
 def hellaswag(r: Run) -> dict:
     with r.rt.autocast():
-        return hellaswag_eval.evaluate(
-            r.model, r.tokenizer, r.examples, device=r.rt.device, rank=r.rt.rank, world=r.rt.world, reduce=r.rt.reduce
-        )
+        ranks = dict(rank=r.rt.rank, world=r.rt.world, reduce=r.rt.reduce, poll=r.poll)
+        return hellaswag_eval.evaluate(r.model, r.tokenizer, r.examples, device=r.rt.device, **ranks)
 
 
 def log_hellaswag(r: Run):
     row = r.log("hellaswag", **hellaswag(r))
-    r.progress.say(f"step {r.step}: HellaSwag, completion convention, acc_norm {row['completion_acc_norm']:.4f}")
+    r.progress.say(f"step {r.step}: HellaSwag {hellaswag_eval.in_a_line(row)}")
 
 
 def log_sample(r: Run):
@@ -595,7 +594,7 @@ def evaluate_only(c: TrainConfig, rt) -> dict:
     if r.examples:
         result |= hellaswag(r)
         if rt.is_main:
-            print(f"{path}: HellaSwag, completion convention, acc_norm {result['completion_acc_norm']:.4f}")
+            print(hellaswag_eval.report(result))
     return result
 
 

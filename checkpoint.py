@@ -225,7 +225,7 @@ def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
                 if list(found.get_shape()) != list(shape) or found.get_dtype() != "F32":
                     has = f"{found.get_dtype()} {found.get_shape()}"
                     raise UserError(f"{path}: tensor {name} is {has}, expected F32 {list(shape)}")
-            tensors = {name: f.get_tensor(name) for name in names}
+            tensors = {name: f.get_tensor(name) for name in expected}  # one order on all ranks
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
     for name, t in tensors.items():

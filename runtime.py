@@ -181,8 +181,23 @@ def start(device="auto", dtype="auto", timeout=1800) -> Runtime:
     else:
         keep_freed_memory()
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
+        dist.init_process_group(backend, store=store_of_attempt(timeout), rank=rank, world_size=world, timeout=timeout)
     return Runtime(device, pick_dtype(dtype, device), rank, local, world)
+
+
+def store_of_attempt(timeout):
+    """Where the processes of one host find each other, apart from those of an attempt that torchrun has given up.
+
+    torchrun restarts a job with the store of the job that failed, in which a process may read the address of
+    one that is dead (pytorch issue 135712). None leaves it to torch: with several hosts no number of the attempt is
+    known to all of them, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment does the same."""
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if not (one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def keep_freed_memory():

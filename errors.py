@@ -4,9 +4,18 @@ import argparse
 import os
 import sys
 
+LONGEST = 4000  # characters of a message; a hostile file may want to be quoted at any length
+
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what was found, what was expected, what to do."""
+    """Something the user can mend. The message says what was found, what was expected, what to do.
+
+    As text it is one line that a terminal shows as it is, whatever name or value it quotes."""
+
+    def __str__(self):
+        text = super().__str__()
+        text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,14 +29,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main) -> int:
-    """Exit code of a script: main()'s own, 2 after a UserError, and quiet where the reader of a pipe left."""
+    """Exit code of a script: main()'s own, 2 after a UserError, and quiet where the reader of a pipe left.
+
+    A name too long, a folder that may not be read and the like are the user's to mend too, wherever they show."""
     try:
         return main() or 0
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `| head -1`: nobody listens any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (UserError, OSError) as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {UserError(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130

@@ -40,3 +40,21 @@ def byte_tokenizer() -> TextTokenizer:
     backend.train_from_iterator([text for _, text in sorted(topics.topics.items())][:20], trainer)
     backend.add_special_tokens(["<|endoftext|>"])
     return TextTokenizer(backend, "byte")
+
+
+counts = {}  # of what the long suites did, by name
+
+
+@pytest.fixture(scope="session")
+def tally():
+    """tally(name, n): adds to what the last line of the test run tells."""
+
+    def add(name, n=1):
+        counts[name] = counts.get(name, 0) + n
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter):
+    if counts:
+        terminalreporter.write_line(", ".join(f"{name} {n:,}" for name, n in counts.items()))

@@ -129,7 +129,9 @@ def verify(path, names=None):
         raise UserError(f"{path / MANIFEST}: does not list {', '.join(sorted(needed))}")
     for name in names or listed:
         file, facts = path / name, listed[name]
-        if Path(name).name != name or not file.is_file():
+        if not isinstance(facts, dict) or type(facts.get("size")) is not int or "sha256" not in facts:
+            raise UserError(f"{path / MANIFEST}: does not give size and sha256 of {name}")
+        if Path(name).name != name or not os.path.isfile(file):  # os.path's answer for an impossible name is no
             raise UserError(f"{file}: listed in {MANIFEST}, but not there")
         if file.stat().st_size != facts["size"]:
             raise UserError(f"{file}: {file.stat().st_size:,} bytes, but {MANIFEST} says {facts['size']:,}")

@@ -725,3 +725,21 @@ def test_bad_line_of_metrics(tmp_path, line):
     path.write_bytes(good + b"\n" + line)  # as a crash leaves it
     assert refusal(lambda: Metrics(path, 9).close()) is None
     assert path.read_bytes() == good + b"\n"
+
+
+@pytest.mark.parametrize("facts", [None, "x", [], {}, {"size": 5}, {"sha256": "x"}, {"size": "5", "sha256": "x"}])
+def test_checkpoint_manifest_without_a_file_s_facts(saved, facts):
+    """Bugs: KeyError, TypeError, and ValueError of a format for numbers given a text."""
+    manifest = json.loads((saved / MANIFEST).read_bytes())
+    manifest["files"][MODEL] = facts
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    assert "does not give size and sha256" in refusal(lambda: checkpoint.verify(saved))
+
+
+def test_checkpoint_manifest_with_a_name_too_long(saved):
+    """Bug: the system's "File name too long" instead of a bad checkpoint, so that the one before it was not tried."""
+    manifest = json.loads((saved / MANIFEST).read_bytes())
+    manifest["files"]["x" * 300] = manifest["files"][MODEL]
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="listed in MANIFEST.json, but not there"):
+        checkpoint.verify(saved)

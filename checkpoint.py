@@ -290,7 +290,10 @@ def main(argv=None):
     parser.add_argument("command", choices=["verify"])
     parser.add_argument("directory", help="a run's directory or one checkpoint")
     path = Path(parser.parse_args(argv).directory)
-    for checkpoint in [path] if (path / MANIFEST).is_file() else steps(path):
+    found = [path] if (path / MANIFEST).is_file() else steps(path)
+    if not found:
+        raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or one checkpoint")
+    for checkpoint in found:
         verify(checkpoint)
         print(f"{checkpoint}: whole")
 

@@ -741,5 +741,13 @@ def test_checkpoint_manifest_with_a_name_too_long(saved):
     manifest = json.loads((saved / MANIFEST).read_bytes())
     manifest["files"]["x" * 300] = manifest["files"][MODEL]
     (saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="listed in MANIFEST.json, but not there"):
+    with pytest.raises(UserError, match="listed in .*, but not there"):
         checkpoint.verify(saved)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "file"])
+def test_verifying_nothing_is_not_success(tmp_path, name):
+    """Bug: `checkpoint.py verify` of a mistyped name said nothing and ended with 0, as if all were well."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    assert name in refusal(lambda: checkpoint.main(["verify", str(tmp_path / name)]))

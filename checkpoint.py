@@ -216,7 +216,8 @@ def read_config(path) -> GPTConfig:
     if values.keys() != known.keys():
         raise UserError(f"{path}: keys {sorted(values.keys() ^ known.keys())} are missing or unknown")
     for name, kind in known.items():
-        if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
+        whole = kind is float and type(values[name]) is int and abs(values[name]) < 2**53  # 10 for 10.0
+        if type(values[name]) is not kind and not whole:
             raise UserError(f"{path}: {name} is {values[name]!r}, expected {kind.__name__}")
     config = GPTConfig(**values)
     if config.problems():

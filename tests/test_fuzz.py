@@ -751,3 +751,12 @@ def test_verifying_nothing_is_not_success(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     assert name in refusal(lambda: checkpoint.main(["verify", str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "dropout"])
+def test_config_with_an_integer_no_float_can_hold(toy, saved, name):
+    """Bug: OverflowError of isfinite()."""
+    config = json.loads((saved / CONFIG).read_bytes()) | {name: 10**400}
+    (saved / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"{name} is 1000"):
+        checkpoint.read_config(saved / CONFIG)

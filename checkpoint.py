@@ -233,9 +233,22 @@ def load_weights(path, model):
 def load_model(path=None, device="cpu"):
     """(GPT in evaluation mode, its tokenizer) of a checkpoint, of a run's newest, or of the newest run."""
     path = find_checkpoint(path)
-    model = GPT(read_config(path / CONFIG))
+    config, tokenizer = read_config(path / CONFIG), load_tokenizer(path)
+    if tokenizer.vocab_size != config.valid_vocab_size:
+        raise UserError(f"{path}: {TOKENIZER} has {tokenizer.vocab_size:,} ids, {CONFIG} {config.valid_vocab_size:,}")
+    refuse_larger(config, path)
+    model = GPT(config)
     load_weights(path, model)
-    return model.to(device).eval(), load_tokenizer(path)
+    return model.to(device).eval(), tokenizer
+
+
+def refuse_larger(c: GPTConfig, path):
+    """UserError where a config asks for a model larger than the stored weights, before memory is taken for it."""
+    size = (path / MODEL).stat().st_size
+    matrices = c.n_embd * (c.vocab_size + 12 * c.n_layer * c.n_embd)  # the least there is of any such model
+    rotations = c.block_size * c.n_embd // c.n_head  # RoPE's table, which is computed and not stored
+    if 4 * matrices > size or 4 * rotations > max(size, 2**26):
+        raise UserError(f"{path / CONFIG}: a model larger than the {size:,} bytes of {MODEL}")
 
 
 def load_training(path, model, optimizer) -> dict:

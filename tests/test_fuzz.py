@@ -760,3 +760,20 @@ def test_config_with_an_integer_no_float_can_hold(toy, saved, name):
     (saved / CONFIG).write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"{name} is 1000"):
         checkpoint.read_config(saved / CONFIG)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("n_layer", 10**9), ("n_layer", 10**4000), ("n_embd", 10**6), ("vocab_size", 10**12), ("block_size", 10**9),
+])  # fmt: skip
+def test_config_of_a_gigantic_model(saved, little_memory, name, value):
+    """Bug: the model was built, all of it, before anything was compared with the stored weights."""
+    (saved / CONFIG).write_text(json.dumps(json.loads((saved / CONFIG).read_bytes()) | {name: value}))
+    reseal(saved)
+    assert f"larger than the {(saved / MODEL).stat().st_size:,} bytes" in refusal(lambda: checkpoint.load_model(saved))
+
+
+def test_checkpoint_with_another_tokenizer(saved):
+    """Bug: ids that the embedding does not have, an IndexError once such a token occurs."""
+    (saved / "tokenizer.json").write_text(json.dumps(a_tokenizer(BPE)))
+    reseal(saved)
+    assert "tokenizer.json has 2 ids, config.json 512" in refusal(lambda: checkpoint.load_model(saved))

@@ -255,8 +255,13 @@ def load_training(path, model, optimizer) -> dict:
     """Weights and optimizer state into existing objects; returns state.json."""
     path = Path(path)
     load_weights(path, model)
-    with safe_open(path / OPTIMIZER, "pt") as f:
-        keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
+    try:
+        with safe_open(path / OPTIMIZER, "pt") as f:
+            keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path / OPTIMIZER}: not a safetensors file that can be read ({error})") from error
+    if keys not in ([], ["exp_avg", "exp_avg_sq", "step"]):  # AdamW's; [] before its first step
+        raise UserError(f"{path / OPTIMIZER}: holds {', '.join(keys[:5])} of parameters, expected AdamW's state")
     named = dict(model.named_parameters())
     shapes = {f"{name}/{key}": [] if key == "step" else p.shape for name, p in named.items() for key in keys}
     tensors = read_tensors(path / OPTIMIZER, shapes)

@@ -777,3 +777,19 @@ def test_checkpoint_with_another_tokenizer(saved):
     (saved / "tokenizer.json").write_text(json.dumps(a_tokenizer(BPE)))
     reseal(saved)
     assert "tokenizer.json has 2 ids, config.json 512" in refusal(lambda: checkpoint.load_model(saved))
+
+
+def test_optimizer_state_that_is_no_safetensors_file(toy, saved):
+    """Bug: the library's SafetensorError, of the one place that opened such a file without its guard."""
+    (saved / OPTIMIZER).write_bytes(b"\xff" * 50)
+    reseal(saved)
+    assert "optimizer.safetensors: not a safetensors file" in refusal(lambda: train_module.resume(toy))
+
+
+def test_optimizer_state_of_another_kind(toy, saved):
+    """Bug: it was taken as it is, and the first step of the resumed run ended with KeyError: 'exp_avg'."""
+    header, content = unpack(saved / OPTIMIZER)
+    renamed = {name.replace("exp_avg_sq", "other"): facts for name, facts in header.items()}
+    (saved / OPTIMIZER).write_bytes(pack(json.dumps(renamed).encode(), content))
+    reseal(saved)
+    assert "expected AdamW's state" in refusal(lambda: train_module.resume(toy))

@@ -793,3 +793,25 @@ def test_optimizer_state_of_another_kind(toy, saved):
     (saved / OPTIMIZER).write_bytes(pack(json.dumps(renamed).encode(), content))
     reseal(saved)
     assert "expected AdamW's state" in refusal(lambda: train_module.resume(toy))
+
+
+@pytest.mark.parametrize("key, value", [
+    ("step", "3"), ("step", -3), ("step", True), ("step", 3.0), ("samples_seen", None), ("samples_seen", 2**63),
+    ("seconds", float("nan")), ("seconds", "1"), ("identity", None), ("identity", []), ("scaler", 5), ("step", nested(9)),
+])  # fmt: skip
+def test_state_of_a_checkpoint_with_wrong_values(toy, saved, key, value):
+    """Bugs: KeyError and TypeError while resuming; a position that is no integer met the data only later."""
+    state = json.loads((saved / STATE).read_bytes())
+    for changed in [state | {key: value}, {k: v for k, v in state.items() if k != key}]:
+        if key in changed or key != "scaler":  # which is null unless the precision is float16
+            (saved / STATE).write_text(json.dumps(changed))
+            reseal(saved)
+            assert f"missing or wrong: {key}" in refusal(lambda: train_module.resume(toy))
+    assert toy.step == 3 and toy.saved_step == 3  # as it was
+
+
+def test_untouched_toy_run_resumes(toy, saved):
+    """The refusals above would mean nothing if this were refused too."""
+    toy.step = toy.samples_seen = 0
+    assert refusal(lambda: train_module.resume(toy)) is None
+    assert (toy.step, toy.samples_seen, toy.seconds) == (3, 6, 1.5)

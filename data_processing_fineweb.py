@@ -31,7 +31,7 @@ IGNORE = -100  # the target of a position that has none
 HOW_TO_PREPARE = "create shards with `python prepare_fineweb.py`, or name their folder with --data_dir"
 LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # llm.c's (magic, version) -> token type
 LLMC_HEADER = 1024  # bytes: 256 little-endian int32, of which the third is the token count
-NPY_HEADER = 2**14  # bytes read of a .npy for its header; numpy takes 10,000 at most, and ours has 128
+NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
 ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
 RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
 

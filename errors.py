@@ -24,6 +24,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for flag in (arg.removesuffix("=--") for arg in args if arg.startswith("--") and arg.endswith("=--")):
+            self.error(f"argument {flag}: -- is no value")  # argparse would make an empty list of it
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 

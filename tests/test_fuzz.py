@@ -40,7 +40,7 @@ from tokenizer import load_tokenizer
 from tracking import Metrics
 from train import TrainConfig
 
-SECONDS = 5.0  # for one case; what is slower than that hangs
+SECONDS = 10.0  # for one case; what is slower than that hangs
 HEADROOM = 2**30  # bytes of address space for one module's cases; every file here is smaller than 100 KB
 LINE = 4200  # characters of a message, with the script's name
 
@@ -228,6 +228,9 @@ def altered(draw, value, most=3):
             case "repeat" if isinstance(container, list) and container is not root:
                 container.append(copy.deepcopy(container[key]))
     text = json.dumps(root[0]).encode()
+    if isinstance(root[0], dict) and root[0] and draw(st.integers(0, 7)) == 0:  # the first key twice
+        first, other = json.dumps(next(iter(root[0]))), json.dumps(draw(st.sampled_from(WEIRD)))
+        text = f"{{{first}: {other}, ".encode() + text[1:]
     return draw(damaged(text, 2)) if draw(st.integers(0, 7)) == 0 else text
 
 
@@ -381,7 +384,7 @@ def test_altered_checkpoint_manifests(toy, saved, tally, little_memory, draw):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n", [(CONFIG, 900), (STATE, 900), ("tokenizer.json", 900)])
+@pytest.mark.parametrize("name, n", [(CONFIG, 900), (STATE, 900), ("tokenizer.json", 600)])
 def test_altered_json_of_a_sealed_checkpoint(toy, saved, tally, little_memory, name, n):
     @cases(n)
     @given(altered(json.loads((saved / name).read_bytes())))
@@ -461,7 +464,7 @@ def test_altered_metrics_of_a_run_that_is_resumed(toy, tally, little_memory, con
 
 
 @pytest.mark.slow
-@cases(60)
+@cases(40)
 @given(altered_lines(ROWS), st.sampled_from(["tokens", "steps", "seconds"]))
 def test_altered_metrics_are_drawn(tmp_path, tally, content, x):
     (tmp_path / "metrics.jsonl").write_bytes(content)
@@ -741,7 +744,7 @@ def test_checkpoint_manifest_with_a_name_too_long(saved):
     manifest = json.loads((saved / MANIFEST).read_bytes())
     manifest["files"]["x" * 300] = manifest["files"][MODEL]
     (saved / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="listed in .*, but not there"):
+    with pytest.raises(UserError, match=r"listed in .*, but not there"):
         checkpoint.verify(saved)
 
 
@@ -797,7 +800,8 @@ def test_optimizer_state_of_another_kind(toy, saved):
 
 @pytest.mark.parametrize("key, value", [
     ("step", "3"), ("step", -3), ("step", True), ("step", 3.0), ("samples_seen", None), ("samples_seen", 2**63),
-    ("seconds", float("nan")), ("seconds", "1"), ("identity", None), ("identity", []), ("scaler", 5), ("step", nested(9)),
+    ("seconds", float("nan")), ("seconds", "1"), ("identity", None), ("identity", []), ("scaler", 5),
+    ("step", nested(9)),
 ])  # fmt: skip
 def test_state_of_a_checkpoint_with_wrong_values(toy, saved, key, value):
     """Bugs: KeyError and TypeError while resuming; a position that is no integer met the data only later."""
@@ -815,3 +819,38 @@ def test_untouched_toy_run_resumes(toy, saved):
     toy.step = toy.samples_seen = 0
     assert refusal(lambda: train_module.resume(toy)) is None
     assert (toy.step, toy.samples_seen, toy.seconds) == (3, 6, 1.5)
+
+
+@pytest.mark.parametrize("script, flag", [("train", "lr"), ("inference", "device"), ("hellaswag_eval", "limit")])
+def test_two_dashes_as_a_value(script, flag):
+    """Bug: argparse makes an empty list of --flag=--, and comparing it with a number was a TypeError."""
+    assert f"--{flag}: -- is no value" in refusal(lambda: __import__(script).main([f"--{flag}=--"]))
+
+
+def swapped(header, a, b):
+    header[a]["data_offsets"] = header[b]["data_offsets"]
+
+
+HOSTILE_HEADERS = {
+    "announces 4 exabytes of itself": lambda header, content: b"\xff" * 7 + b"\x3f" + b"{}",
+    "announces more than the file": lambda header, content: struct.pack("<Q", 10**6) + b"{}" + content,
+    "overlapping tensors": lambda header, content: swapped(header, "ln_f.weight", "h.0.ln_1.weight"),
+    "beyond the end": lambda header, content: header["ln_f.weight"].update(data_offsets=[2**40, 2**40 + 32]),
+    "backwards": lambda header, content: header["ln_f.weight"].update(data_offsets=[32, 0]),
+    "a shape of 2^80": lambda header, content: header["ln_f.weight"].update(shape=[2**40, 2**40]),
+    "a negative shape": lambda header, content: header["ln_f.weight"].update(shape=[-8]),
+    "a hundred thousand tensors": lambda header, content: header.update({str(i): header["ln_f.weight"] for i in range(10**5)}),
+    "empty": lambda header, content: b" ",
+}
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER])
+@pytest.mark.parametrize("what", HOSTILE_HEADERS)
+def test_hostile_safetensors(toy, saved, little_memory, name, what):
+    """Guards against trusting a header: the library refuses these, and each way to it must end in one line."""
+    header, content = unpack(saved / name)
+    header = {key.removesuffix("/exp_avg"): facts for key, facts in header.items()}
+    whole = HOSTILE_HEADERS[what](header, content)
+    (saved / name).write_bytes(whole or pack(json.dumps(header).encode(), content))
+    reseal(saved)
+    assert f"{name}: not a safetensors file" in refusal(lambda: train_module.resume(toy))

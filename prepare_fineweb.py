@@ -89,6 +89,13 @@ class LocalFiles:
 def read_parquet(path, column):
     import pyarrow.parquet
 
+    try:
+        yield from rows_of_parquet(pyarrow, path, column)
+    except pyarrow.ArrowException as error:  # some of them are no ValueErrors
+        raise ValueError(error) from error
+
+
+def rows_of_parquet(pyarrow, path, column):
     with pyarrow.parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
             there = ", ".join(file.schema_arrow.names)

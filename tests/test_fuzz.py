@@ -8,6 +8,7 @@ nothing is ever written to it. The first part is fast and keeps what was found, 
 
 import contextlib
 import copy
+import gzip
 import io
 import json
 import os
@@ -507,6 +508,34 @@ def test_altered_hellaswag_lines(tmp_path, byte_tokenizer, tally, little_memory,
     tally("fuzz cases")
 
 
+def write_parquet(path):
+    import pyarrow
+
+    table = pyarrow.table({"text": ["hello é", "b" * 50, None] * 5, "n": [1] * 15})
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, n", [("a.parquet", 500), ("a.jsonl.gz", 300), ("a.jsonl", 300), ("a.txt", 100)])
+def test_damaged_sources_of_text(tmp_path, tally, name, n):
+    """What prepare_fineweb.py reads: its text is somebody else's."""
+    pytest.importorskip("pyarrow.parquet")
+    path, lines = tmp_path / name, b'{"text": "hello"}\n{"text": null}\n\n{"text": "\\ud83d", "n": 5}\n'
+    if name == "a.parquet":
+        write_parquet(path)
+    else:
+        path.write_bytes(gzip.compress(lines, mtime=0) if name.endswith(".gz") else lines)
+
+    @cases(n)
+    @given(damaged(path.read_bytes()))
+    def check(content):
+        path.write_bytes(content)
+        refusal(lambda: list(prepare_fineweb.batches(prepare_fineweb.find_files([str(path)], "text").rows())))
+        tally("fuzz cases")
+
+    check()
+
+
 # ---------------------------------------------------------------------------------------
 # Command lines.
 
@@ -839,7 +868,9 @@ HOSTILE_HEADERS = {
     "backwards": lambda header, content: header["ln_f.weight"].update(data_offsets=[32, 0]),
     "a shape of 2^80": lambda header, content: header["ln_f.weight"].update(shape=[2**40, 2**40]),
     "a negative shape": lambda header, content: header["ln_f.weight"].update(shape=[-8]),
-    "a hundred thousand tensors": lambda header, content: header.update({str(i): header["ln_f.weight"] for i in range(10**5)}),
+    "a hundred thousand tensors": lambda header, content: header.update(
+        {str(i): header["ln_f.weight"] for i in range(10**5)}
+    ),
     "empty": lambda header, content: b" ",
 }
 
@@ -854,3 +885,16 @@ def test_hostile_safetensors(toy, saved, little_memory, name, what):
     (saved / name).write_bytes(whole or pack(json.dumps(header).encode(), content))
     reseal(saved)
     assert f"{name}: not a safetensors file" in refusal(lambda: train_module.resume(toy))
+
+
+def test_parquet_with_a_type_that_is_not_implemented(tmp_path, monkeypatch):
+    """Bug: pyarrow's ArrowNotImplementedError, which is no ValueError as its others are."""
+    pyarrow = pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet")
+
+    def fail(*args, **kwargs):
+        raise pyarrow.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", fail)
+    files = prepare_fineweb.find_files([str(tmp_path / "a.parquet")], "text")
+    assert "a.parquet: cannot be read (Integers" in refusal(lambda: list(files.rows()))

@@ -155,6 +155,9 @@ PRESETS = {
 
 def problems(c: TrainConfig, world=1) -> list[str]:
     """Everything wrong with the arguments, a line each, before any work; [] if nothing."""
+    huge = [name for name, value in vars(c).items() if type(value) is int and abs(value) >= 2**63]
+    if huge:  # nothing can be computed from these
+        return [f"{name} is beyond 64 bits" for name in huge]
     found = c.model_config(1).problems()
     for f in fields(c):
         value, low, below, choices = getattr(c, f.name), *(f.metadata[k] for k in ("at_least", "below", "choices"))

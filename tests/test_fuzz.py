@@ -509,7 +509,7 @@ def test_altered_hellaswag_lines(tmp_path, byte_tokenizer, tally, little_memory,
 
 
 def write_parquet(path):
-    import pyarrow
+    import pyarrow.parquet
 
     table = pyarrow.table({"text": ["hello é", "b" * 50, None] * 5, "n": [1] * 15})
     pyarrow.parquet.write_table(table, path, compression="zstd")
@@ -898,3 +898,10 @@ def test_parquet_with_a_type_that_is_not_implemented(tmp_path, monkeypatch):
     monkeypatch.setattr("pyarrow.parquet.ParquetFile", fail)
     files = prepare_fineweb.find_files([str(tmp_path / "a.parquet")], "text")
     assert "a.parquet: cannot be read (Integers" in refusal(lambda: list(files.rows()))
+
+
+@pytest.mark.parametrize("flags", [["--seed", "9" * 20], ["--batch_size", "9" * 4000, "--block_size", "9" * 4000]])
+def test_integers_beyond_64_bits(flags):
+    """Bugs: torch's ValueError for such a seed, but only after the data was read; Python's, that a product
+    has too many digits to be shown."""
+    assert "beyond 64 bits" in refusal(lambda: train_module.main([*flags, "--data_dir", "missing"]))

@@ -14,7 +14,7 @@ class UserError(ValueError):
 
     def __str__(self):
         text = super().__str__()
-        text = text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+        text = text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -622,11 +622,11 @@ def test_an_error_is_one_printable_line(capsys):
     60 MB was printed whole."""
 
     def fail():
-        raise UserError("tensor a\nb \x1b[2J \udcff é " + "x" * 10**6)
+        raise UserError("tensor a\nb \x1b[2J \udcff é " + "x" * 10**6 + "; do this")
 
     assert run(fail) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and r"a\nb \x1b[2J \udcff é xxx" in line and len(line) < LINE
+    assert line.count("\n") == 1 and r"a\nb \x1b[2J \udcff é xxx" in line and len(line) < LINE and "; do this" in line
 
 
 @pytest.mark.parametrize(

@@ -905,3 +905,22 @@ def test_integers_beyond_64_bits(flags):
     """Bugs: torch's ValueError for such a seed, but only after the data was read; Python's, that a product
     has too many digits to be shown."""
     assert "beyond 64 bits" in refusal(lambda: train_module.main([*flags, "--data_dir", "missing"]))
+
+
+DAMAGED_NUMBERS = [  # the first four were a ValueError of matplotlib, the others its and numpy's warnings
+    ("train", "loss", 1e308), ("val", "loss", -1e308), ("hellaswag", "completion_acc_norm_stderr", -1.0),
+    ("hellaswag", "completion_acc_norm_stderr", -1e308), ("train", "lr", 1e308), ("train", "tokens", 1e308),
+    ("train", "tokens_per_second", -1e308), ("val", "perplexity", 0), ("val", "perplexity", -1),
+]  # fmt: skip
+
+
+def test_numbers_that_no_run_has_are_left_out_of_the_picture(tmp_path, monkeypatch):
+    """Bugs: "Axis limits cannot be NaN or Inf" and the like with a traceback; warnings about overflows."""
+    monkeypatch.setattr(plot_run, "DPI", 20)
+    for kind, key, value in DAMAGED_NUMBERS:
+        rows = [row | {key: value} if row["kind"] == kind else row for row in ROWS]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        column = plot_run.read_metrics(tmp_path / "metrics.jsonl")[kind][key]
+        assert len(column) and np.isnan(column).all()
+        if (kind, key) != ("train", "tokens"):  # without which there is nothing to draw
+            assert refusal(lambda: plot_run.plot([tmp_path], tmp_path / "curves.png")) is None

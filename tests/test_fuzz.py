@@ -3,7 +3,7 @@
 Notable: the files are valid ones with random damage, and those of a checkpoint are sealed anew, because a
 hostile file comes with a hash that matches. Every case runs in this process, under a limit on its address
 space a little above what it uses: memory taken because a header announces it is a failure, even where
-nothing is ever written to it. The first part is fast and keeps what was found, one case each.
+nothing is ever written to it. The last part is fast and keeps what was found, one case each.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from tracking import Metrics
 from train import TrainConfig
 
 SECONDS = 10.0  # for one case; what is slower than that hangs
-HEADROOM = 2**30  # bytes of address space for one module's cases; every file here is smaller than 100 KB
+HEADROOM = 2**30  # bytes of address space for one module's cases; every file here is smaller than 10 MB
 LINE = 4200  # characters of a message, with the script's name
 
 

@@ -155,7 +155,9 @@ def verify(path, names=None):
         raise UserError(f"{path / MANIFEST}: does not list {', '.join(sorted(needed))}")
     for name in names or listed:
         file, facts = path / name, listed[name]
-        if Path(name).name != name or not file.is_file():
+        if not isinstance(facts, dict) or type(facts.get("size")) is not int or "sha256" not in facts:
+            raise UserError(f"{path / MANIFEST}: does not give size and sha256 of {name}")
+        if Path(name).name != name or not os.path.isfile(file):  # os.path's answer for an impossible name is no
             raise UserError(f"{file}: listed in {MANIFEST}, but not there")
         if file.stat().st_size != facts["size"]:
             raise UserError(f"{file}: {file.stat().st_size:,} bytes, but {MANIFEST} says {facts['size']:,}")
@@ -240,7 +242,8 @@ def read_config(path) -> GPTConfig:
     if values.keys() != known.keys():
         raise UserError(f"{path}: keys {sorted(values.keys() ^ known.keys())} are missing or unknown")
     for name, kind in known.items():
-        if type(values[name]) is not kind and not (kind is float and type(values[name]) is int):
+        whole = kind is float and type(values[name]) is int and abs(values[name]) < 2**53  # 10 for 10.0
+        if type(values[name]) is not kind and not whole:
             raise UserError(f"{path}: {name} is {values[name]!r}, expected {kind.__name__}")
     config = GPTConfig(**values)
     if config.problems():
@@ -266,17 +269,35 @@ def laid_out_like(own, t):
 def load_model(path=None, device="cpu"):
     """(GPT in evaluation mode, its tokenizer) of a checkpoint, of a run's newest, or of the newest run."""
     path = find_checkpoint(path)
-    model = GPT(read_config(path / CONFIG))
+    config, tokenizer = read_config(path / CONFIG), load_tokenizer(path)
+    if tokenizer.vocab_size != config.valid_vocab_size:
+        raise UserError(f"{path}: {TOKENIZER} has {tokenizer.vocab_size:,} ids, {CONFIG} {config.valid_vocab_size:,}")
+    refuse_larger(config, path)
+    model = GPT(config)
     load_weights(path, model)
-    return model.to(device).eval(), load_tokenizer(path)
+    return model.to(device).eval(), tokenizer
+
+
+def refuse_larger(c: GPTConfig, path):
+    """UserError where a config asks for a model larger than the stored weights, before memory is taken for it."""
+    size = (path / MODEL).stat().st_size
+    matrices = c.n_embd * (c.vocab_size + 12 * c.n_layer * c.n_embd)  # the least there is of any such model
+    rotations = c.block_size * c.n_embd // c.n_head  # RoPE's table, which is computed and not stored
+    if 4 * matrices > size or 4 * rotations > max(size, 2**26):
+        raise UserError(f"{path / CONFIG}: a model larger than the {size:,} bytes of {MODEL}")
 
 
 def load_training(path, model, optimizer) -> dict:
     """Weights and optimizer state into existing objects; returns state.json."""
     path = Path(path)
     load_weights(path, model)
-    with safe_open(path / OPTIMIZER, "pt") as f:
-        keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
+    try:
+        with safe_open(path / OPTIMIZER, "pt") as f:
+            keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path / OPTIMIZER}: not a safetensors file that can be read ({error})") from error
+    if keys not in ([], ["exp_avg", "exp_avg_sq", "step"]):  # AdamW's; [] before its first step
+        raise UserError(f"{path / OPTIMIZER}: holds {', '.join(keys[:5])} of parameters, expected AdamW's state")
     named = dict(model.named_parameters())
     shapes = {f"{name}/{key}": [] if key == "step" else p.shape for name, p in named.items() for key in keys}
     tensors = read_tensors(path / OPTIMIZER, shapes)

@@ -15,6 +15,7 @@ import queue
 import re
 import sys
 import threading
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ IGNORE = -100  # the target of a position that has none
 HOW_TO_PREPARE = "create shards with `python prepare_fineweb.py`, or name their folder with --data_dir"
 LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # llm.c's (magic, version) -> token type
 LLMC_HEADER = 1024  # bytes: 256 little-endian int32, of which the third is the token count
+NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
+ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
 RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
 
 # ---------------------------------------------------------------------------------------
@@ -48,9 +51,9 @@ def open_shard(path: Path) -> Shard:
     """Reads the header only, and checks it against the file's size. UserError names file, found, expected."""
     try:
         size = path.stat().st_size
+        if size == 0:  # before it is opened: a named pipe has no bytes either, and would keep us waiting
+            raise UserError(f"{path}: 0 bytes, expected a .npy of uint16 or uint32 tokens")
         with open(path, "rb") as f:
-            if size == 0:
-                raise UserError(f"{path}: 0 bytes, expected a .npy of uint16 or uint32 tokens")
             shape, dtype, offset = (read_llmc_header if path.suffix == ".bin" else read_npy_header)(path, f)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -73,10 +76,12 @@ def read_npy_header(path, f):
     if start != b"\x93NUMPY":
         raise UserError(f"{path}: no .npy header (starts with {start!r}); raw tokens must be saved with numpy.save")
     f.seek(0)
+    f = io.BytesIO(f.read(NPY_HEADER))  # a header may announce 4 GB of itself, and a file would make room for them
     try:
         version = np.lib.format.read_magic(f)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, _, dtype = read(f)
+        with warnings.catch_warnings(action="ignore"):  # about Python 2's numbers, or code that is none
+            shape, _, dtype = read(f)
     except KeyError as error:
         raise UserError(f"{path}: .npy version {version}, expected 1.0 or 2.0") from error
     except Exception as error:  # numpy raises ValueError, SyntaxError, EOFError, ... for damaged headers
@@ -183,17 +188,23 @@ def open_manifest(directory, manifest):
     try:
         if manifest["format_version"] != FORMAT_VERSION:
             raise UserError(f"{where}: format version {manifest['format_version']}, expected {FORMAT_VERSION}")
-        entries = [(str(e["name"]), int(e["tokens"]), str(e["dtype"]), str(e["sha256"])) for e in manifest["shards"]]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, UserError):
-            raise
+        for entry in manifest["shards"]:
+            for key, kind in ENTRY.items():
+                if type(entry[key]) is not kind:
+                    raise TypeError(f"{key} is a {type(entry[key]).__name__}, expected {kind.__name__}")
+        if not isinstance(manifest.get("tokenizer") or {}, dict):
+            raise TypeError("tokenizer is not an object")
+    except (KeyError, TypeError) as error:
         raise UserError(f"{where}: not a manifest of token shards (missing or wrong: {error})") from error
-    if not entries:
+    if not manifest["shards"]:
         raise UserError(f"{where}: lists no shards")
-    shards = []
-    for name, tokens, dtype, _ in entries:
+    shards, seen = [], set()
+    for name, tokens, dtype in ((entry["name"], entry["tokens"], entry["dtype"]) for entry in manifest["shards"]):
         if not re.fullmatch(r"[\w-][\w .+-]*", name, re.ASCII):
             raise UserError(f"{where}: shard name {name!r} is not a plain file name")
+        if name in seen:
+            raise UserError(f"{where}: lists {name} twice")
+        seen.add(name)
         shard = open_shard(directory / name)
         if (shard.tokens, shard.dtype) != (tokens, dtype):
             found = f"{shard.tokens:,} tokens of {shard.dtype}"

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whatever happens to the machine meanwhile."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a host
 def write_whole(path, *parts):
     """Writes bytes-like parts under a temporary name, flushes to the disk, renames: nobody sees half a file."""
     path = Path(path)
+    if not path.name:  # "." or "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with open(temporary, "wb") as f:

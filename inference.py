@@ -56,7 +56,7 @@ class Sampling:
 
     def __str__(self):
         on = {k: v for k, v in asdict(self).items() if k == "temperature" or v != getattr(Sampling, k)}
-        return ", ".join(f"{k} {v:g}" for k, v in on.items())
+        return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in on.items())
 
 
 PRESETS = {

@@ -26,6 +26,7 @@ GREY = "#555555"
 CIRCLE = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
 GPT2_124M, CHANCE = 29.55, 25.0  # HellaSwag, completion acc_norm, percent: see hellaswag_eval.py
 AXES = {"tokens": "tokens", "steps": "step", "seconds": "seconds"}  # --x -> column
+LEAST, MOST = {"perplexity": 1}, 1e100  # of a column, 0 where it is not named; what lies outside is damage
 FALL = 0.04  # of a curve's length: where the steep beginning is over
 KEYS = {  # what is drawn, by the kind of the row
     "train": ("loss", "lr", "tokens_per_second"),
@@ -38,7 +39,7 @@ KEYS = {  # what is drawn, by the kind of the row
 
 
 def read_metrics(path) -> dict[str, dict[str, np.ndarray]]:
-    """rows[kind][key], one array per column, NaN where a row has no such number.
+    """rows[kind][key], one array per column, NaN where a row has no such number or one outside LEAST and MOST.
 
     A last line that was cut off is left out; anything else malformed is a UserError with file and line.
     """
@@ -58,7 +59,11 @@ def read_metrics(path) -> dict[str, dict[str, np.ndarray]]:
                     column.append(value)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return {kind: {key: np.array(values) for key, values in column.items()} for kind, column in columns.items()}
+    return {kind: {k: possible(k, np.array(v)) for k, v in column.items()} for kind, column in columns.items()}
+
+
+def possible(key, values):
+    return np.where((values >= LEAST.get(key, 0)) & (values <= MOST), values, np.nan)
 
 
 def smooth(y):

@@ -31,7 +31,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +47,7 @@ from tokenizer import END_OF_TEXT, FILE, TextTokenizer, load_tokenizer, replace_
 OUT_DIR, DEMO_DIR = "edu_fineweb10B", "demo_corpus"
 DATASET, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 SHARD_TOKENS, VAL_TOKENS = 100_000_000, 10_000_000
+MOST_SHARD_TOKENS, MOST_PROCESSES = 2**31, 1024  # a shard is built in memory; a system has so many semaphores
 BATCH_CHARS, BATCH_ROWS = 1_000_000, 10_000  # one errand of a worker, about a third of a second
 AHEAD = 3  # batches in flight per worker
 REASONS = ("none", "empty", "whitespace")  # why a row is skipped
@@ -88,6 +89,13 @@ class LocalFiles:
 def read_parquet(path, column):
     import pyarrow.parquet
 
+    try:
+        yield from rows_of_parquet(pyarrow, path, column)
+    except pyarrow.ArrowException as error:  # some of them are no ValueErrors
+        raise ValueError(error) from error
+
+
+def rows_of_parquet(pyarrow, path, column):
     with pyarrow.parquet.ParquetFile(path) as file:
         if column not in file.schema_arrow.names:
             there = ", ".join(file.schema_arrow.names)
@@ -483,7 +491,16 @@ def already_prepared(directories, wanted) -> dict | None:
                 f"{directory}: already holds shards made otherwise: {'; '.join(differing[:5])}{more}. "
                 "Name another --out_dir, or delete that folder"
             )
+        check_counts(directory / MANIFEST, manifests[split])
     return manifests if len(manifests) == len(directories) else None
+
+
+def check_counts(path, manifest):
+    """UserError unless a manifest counts, as `write_splits` left it, what `summarize` tells."""
+    numbers, skipped = [manifest.get(f.name) for f in fields(Tally) if f.name != "skipped"], manifest.get("skipped")
+    counts = [*numbers, *skipped.values()] if isinstance(skipped, dict) else [None]
+    if not all(type(n) is int and n >= 0 for n in counts) or not manifest["tokens"]:
+        raise UserError(f"{path}: its counts of documents and tokens are damaged; delete that folder, start again")
 
 
 class Progress:
@@ -588,6 +605,8 @@ def prepare(
 def check(numbers, hub, local_files, val_files, text_column, start_method) -> dict:
     """The sources by split. UserError with everything that is wrong with the arguments."""
     problems = [f"--{k} {v}: must be 1 or more" for k, v in numbers.items() if v is not None and v < 1]
+    most = {"shard_tokens": MOST_SHARD_TOKENS, "num_proc": MOST_PROCESSES}
+    problems += [f"--{k} {numbers[k]}: must be {n:,} or less" for k, n in most.items() if (numbers[k] or 0) > n]
     if local_files:
         problems += [f"--{k} is for the hub: not together with --local_files" for k, v in hub.items() if v]
     if val_files and numbers["val_tokens"]:

@@ -8,6 +8,7 @@ marker that separates documents.
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -32,7 +33,10 @@ class TextTokenizer:
             raise UserError(f"{name}: no end-of-text token; expected one of {', '.join(END_OF_TEXT)}")
         self.eot_token = backend.token_to_id(present[0])
         backend.add_special_tokens([AddedToken(present[0], special=True, normalized=False)])  # if the file forgot to
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids) + 1
+        if self.vocab_size > 2 * len(ids) + 1024:  # tables and models have a row for each id, used or not
+            raise UserError(f"{name}: {len(ids):,} tokens, but one has the id {max(ids):,}; expected ids without gaps")
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, with nothing added before or after."""
@@ -41,11 +45,13 @@ class TextTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """As `encode`, for many; half a surrogate pair, which is not text, becomes U+FFFD as in tiktoken."""
         texts = [replace_surrogates(text) for text in texts]
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids) -> str:
         """The text of the ids, markers included; bytes that are not UTF-8 become U+FFFD."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        with failing_in_one_line(f"tokenizer {self.name!r} cannot decode these ids"):
+            return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_bytes(self) -> list[int] | None:
         """Bytes of text that each id stands for, 0 for markers; None if the BPE is not byte-level."""
@@ -70,6 +76,18 @@ class TextTokenizer:
         Path(directory, FILE).write_text(self.backend.to_str(), encoding="utf-8")
 
 
+@contextmanager
+def failing_in_one_line(what):
+    """Turns what the library raises into a UserError: bare Exceptions for malformed files, and panics of
+    its Rust code, which are no Exceptions, for files that only seem well formed."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} ({error})") from error
+
+
 def replace_surrogates(text: str) -> str:
     """The text, with U+FFFD for each half of a surrogate pair that stands alone and so has no UTF-8."""
     try:
@@ -92,14 +110,10 @@ def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:
         raise UserError(f"{path}: found neither {FILE} nor {' and '.join(GPT2_FILES)} in it")
     elif not os.path.exists(path):
         path, name = Path(download(str(name_or_path))), str(name_or_path)
-    try:
+    with failing_in_one_line(f"{path}: not a tokenizer that can be read"):
         if path.is_dir():
             return TextTokenizer(byte_level_bpe(*(str(path / f) for f in GPT2_FILES)), "gpt2")
         return TextTokenizer(Tokenizer.from_file(str(path)), name)
-    except UserError:
-        raise
-    except Exception as error:  # the library raises bare Exceptions for malformed files
-        raise UserError(f"{path}: not a tokenizer that can be read ({error})") from error
 
 
 def download(name: str) -> str:

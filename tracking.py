@@ -6,6 +6,7 @@ none of them can stop a run.
 """
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from errors import UserError
 from files import write_whole
 
 PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
@@ -53,15 +55,22 @@ class Metrics:
 
 
 def read_rows(path):
-    """The rows of a metrics.jsonl; a line cut off by a crash is left out."""
+    """The rows of a metrics.jsonl; a last line cut off by a crash is left out. UserError names any other bad one."""
     if not Path(path).exists():
         return
-    with open(path, encoding="utf-8") as f:
-        for line in f:
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+                row = json.loads(line)
+                whole = type(row["kind"]) is str and type(row["step"]) is int
+                if row["kind"] == "val":  # its loss decides which checkpoint is the best
+                    whole = whole and type(row["loss"]) in (int, float) and not math.isnan(row["loss"])
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                whole = False
+            if whole:
+                yield row
+            elif line.endswith(b"\n"):
+                raise UserError(f"{path}, line {number}: not a row of metrics; mend that line or delete it")
 
 
 def has_key(wandb) -> bool:

@@ -158,6 +158,9 @@ PRESETS = {
 
 def problems(c: TrainConfig, world=1) -> list[str]:
     """Everything wrong with the arguments, a line each, before any work; [] if nothing."""
+    huge = [name for name, value in vars(c).items() if type(value) is int and abs(value) >= 2**63]
+    if huge:  # nothing can be computed from these
+        return [f"{name} is beyond 64 bits" for name in huge]
     found = c.model_config(1).problems()
     for f in fields(c):
         value, low, below, choices = getattr(c, f.name), *(f.metadata[k] for k in ("at_least", "below", "choices"))
@@ -334,7 +337,7 @@ def resume(r: Run):
     found = r.rt.from_main(lambda: find_start(c))
     if found is None:
         return
-    state = read_json(found / checkpoint.STATE)
+    state = read_state(found / checkpoint.STATE)
     changed = [
         f"{k} (was {state['identity'].get(k)}, now {v})" for k, v in r.identity.items() if state["identity"].get(k) != v
     ]
@@ -342,11 +345,23 @@ def resume(r: Run):
         raise UserError(f"{found} cannot be continued with another {', '.join(changed)}; give a new --run_name")
     checkpoint.load_training(found, r.model, r.optimizer)
     r.step, r.samples_seen, r.seconds = state["step"], state["samples_seen"], state["seconds"]
-    if r.scaler.is_enabled() and state["scaler"]:
+    if r.scaler.is_enabled() and state.get("scaler"):
         r.scaler.load_state_dict(state["scaler"])
     if found.parent.resolve() == c.run_dir.resolve():
         r.saved_step = r.step
         r.rt.from_main(lambda: checkpoint.point(c.run_dir, "latest", r.step))
+
+
+def read_state(path) -> dict:
+    """state.json, with UserError unless its values are such as `save` writes: they decide where a run continues."""
+    state = read_json(path)
+    limits = {"step": (int, 0), "samples_seen": (int, 0), "seconds": (float, 0)}
+    good = {k: type(state.get(k)) is kind and low <= state[k] < 2**62 for k, (kind, low) in limits.items()}
+    good["identity"] = isinstance(state.get("identity"), dict)
+    good["scaler"] = isinstance(state.get("scaler") or {}, dict)
+    if not all(good.values()):
+        raise UserError(f"{path}: missing or wrong: {', '.join(k for k in good if not good[k])}")
+    return state
 
 
 def find_start(c: TrainConfig) -> Path | None:

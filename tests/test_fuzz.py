@@ -361,7 +361,7 @@ def load(toy, saved):
     refusal(lambda: checkpoint.load_model(saved.parent))
     toy.step, toy.samples_seen, toy.seconds, toy.saved_step = 0, 0, 0.0, -1
     if refusal(lambda: train_module.resume(toy)) is None:
-        assert type(toy.step) is type(toy.samples_seen) is int and toy.step > 0 and 0 < toy.samples_seen < 2**63
+        assert type(toy.step) is type(toy.samples_seen) is int and toy.step >= 0 and 0 <= toy.samples_seen < 2**63
         assert 0 <= toy.seconds < float("inf")
 
 

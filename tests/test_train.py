@@ -298,6 +298,68 @@ def test_a_signal_saves_and_the_next_start_continues_exactly(toy, number):
     assert trace(toy) == trace(replace(toy, run_name="whole"))
 
 
+SCENE = {"activity_label": "Cooking", "ctx": "A pot. A cook", "ctx_a": "A pot.", "ctx_b": "A cook", "label": 1}
+SCENE["endings"] = ["runs away.", "stirs the soup.", "sleeps.", "sings."]
+
+
+@pytest.mark.parametrize(
+    "during, module, function",
+    [
+        ("val", train_module, "first_windows"),
+        ("hellaswag", train_module.hellaswag_eval, "score_batch"),
+        ("sample", train_module.inference, "choose"),
+        ("save", checkpoint, "write_tensors"),
+    ],
+)
+def test_a_signal_is_obeyed_within_what_takes_long(toy, tmp_path, monkeypatch, during, module, function):
+    """A preempted job has seconds; an evaluation may take minutes. What it left undone, the next start does."""
+    scenes = tmp_path / "scenes.jsonl"
+    scenes.write_text((json.dumps(SCENE) + "\n") * 20)
+    toy = replace(toy, max_steps=16, val_tokens=1200, batch_size=1, hellaswag_interval=10, sample_interval=10,
+                  hellaswag_data=str(scenes))  # fmt: skip
+    whole = replace(toy, run_name="whole")
+    train(whole)
+    calls, first = [], {"val": 50, "hellaswag": 2, "sample": 3, "save": 3}[during]
+    real = getattr(module, function)
+
+    def count():
+        calls.append(function)
+        if len(calls) == first:  # in the midst of the second validation, the first HellaSwag, sample, or second save
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def counted(*args, **options):
+        count()
+        return real(*args, **options)
+
+    def counted_windows(*args):
+        for batch in real(*args):
+            count()
+            yield batch
+
+    monkeypatch.setattr(module, function, counted_windows if during == "val" else counted)
+    result = train(toy)
+    monkeypatch.setattr(module, function, real)
+    assert result["signal"] == signal.SIGTERM and result["step"] in (10, 11)
+    assert len(calls) <= first + (3 if during == "save" else 0), "it went on after the signal"
+    assert (during, 10) not in {(r["kind"], r["step"]) for r in read_rows(toy.run_dir / "metrics.jsonl")}
+    train(toy)
+    assert trace(toy) == trace(whole)
+    evaluations = [
+        sorted((r["kind"], r["step"], r.get("loss"), r.get("text")) for r in read_rows(c.run_dir / "metrics.jsonl"))
+        for c in (toy, whole)
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_second_ctrl_c_exits_at_once():
+    """A person who presses it twice does not want to wait for a save."""
+    code = "import os, signal, time, runtime\nwith runtime.StopSignals() as s:\n"
+    code += "  for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n  time.sleep(60)"
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 130
+    assert time.monotonic() - began < 50
+
+
 def test_second_process_on_one_run_is_refused(toy):
     toy.run_dir.mkdir(parents=True)
     with checkpoint.RunLock(toy.run_dir), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
@@ -366,3 +428,20 @@ def test_compiled_step_gives_the_same_losses(toy, dropout):
     again = replace(compiled, run_name="again")
     train(again)
     assert trace(again) == trace(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_compilation_stops_after_the_first_step(toy, number):
+    """Ctrl-C goes to the whole process group, to the compiler's processes too; none of them may fail from it."""
+    process = start(replace(toy, compile="on", eval_interval=0), sys.executable, process_group=0)
+    for line in process.stdout:
+        if line.startswith("run "):
+            break
+    time.sleep(3)  # the first step compiles for much longer
+    assert not list(read_rows(toy.run_dir / "metrics.jsonl"))
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 128 + number, output
+    assert "stopped after step 1, saved" in output and "Traceback" not in output, output
+    checkpoint.verify(toy.run_dir / "step_00000001")

@@ -31,11 +31,12 @@ def as_flags(config) -> list[str]:
     return [part for k, v in changed.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
-def start(config, *before, **environment):
+def start(config, *before, process_group=None, **environment):
     """The real command line in another process."""
     command = [*before, str(ROOT / "train.py"), *as_flags(config)]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=ROOT)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, **pipes, env=env, cwd=ROOT, process_group=process_group)
 
 
 def wait_for_step(config, step, process):

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from files import write_whole
-from runtime import autocast, keep_freed_memory, pick_device, pick_dtype
+from runtime import autocast, keep_freed_memory, out_of_memory, pick_device, pick_dtype
 from tokenizer import replace_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -581,7 +581,9 @@ def main(argv=None):
         with autocast(device, dtype), tqdm(total=len(examples), unit=" examples", disable=None, leave=False) as bar:
             progress = running_accuracy(bar, labels)  # disable=None: no bar where stderr is not a terminal
             scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError("out of memory on the device; lower --batch_tokens") from error
     print(report(scores.summary()))
     if args.json:

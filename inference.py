@@ -23,7 +23,7 @@ import torch
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from model import KVCache
-from runtime import autocast, pick_device, pick_dtype
+from runtime import autocast, out_of_memory, pick_device, pick_dtype
 
 DEFAULT_PROMPT = "The"
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
@@ -449,7 +449,9 @@ def main(argv=None):
                 converse(model, tokenizer, presets, args)
             else:
                 complete(model, tokenizer, prompt, presets, args)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError("out of memory on the device; lower --num_samples or --max_new_tokens") from error
 
 

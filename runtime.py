@@ -216,6 +216,11 @@ def stop():
         dist.destroy_process_group()
 
 
+def out_of_memory(error) -> bool:
+    """Whether an error means that the device has no memory left; a CPU's allocator has no type of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def lost_peer(error) -> bool:
     """Whether an error means that another process of the run died, hangs, or cannot be reached."""
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting")

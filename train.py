@@ -707,18 +707,20 @@ def main(argv=None) -> int:
     config = parse(argv)
     try:
         result = train(config)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
-            "or add --grad_checkpoint. Saved checkpoints are intact"
-        ) from error
-    except RuntimeError as error:  # torch.distributed's errors are such
-        if not runtime.lost_peer(error):
+    except (RuntimeError, MemoryError) as error:
+        if runtime.out_of_memory(error):
+            said = (
+                f"out of memory at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
+                "or add --grad_checkpoint. Saved checkpoints are intact"
+            )
+        elif runtime.lost_peer(error):
+            said = (
+                f"another process of this run is gone or has not answered for --timeout {config.timeout:g} seconds "
+                f"({str(error).splitlines()[0]}); saved checkpoints are intact: start all processes again"
+            )
+        else:
             raise
-        raise UserError(
-            f"another process of this run is gone or has not answered for --timeout {config.timeout:g} seconds "
-            f"({str(error).splitlines()[0]}); saved checkpoints are intact: start all processes again"
-        ) from error
+        raise UserError(said) from error
     if result.get("signal"):
         return 128 + result["signal"]
     if not config.eval_only and int(os.environ.get("RANK", 0)) == 0:

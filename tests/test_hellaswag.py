@@ -15,6 +15,8 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+import checkpoint
+import export_hf
 import hellaswag_eval as hs
 from errors import UserError, run
 from model import GPT, GPTConfig
@@ -774,20 +776,39 @@ def assert_same_as_harness(scores, sums, acc, acc_norm, tie=1e-4):
     return int(ties.sum())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name, prefix, every", [("Llama", None, (4, 34)), ("GPT2", "<|endoftext|>", (100, 300))])
-def test_harness_gives_the_same(tmp_path, test_data, name, prefix, every):
-    """Guards every rule of the harness convention at once, on real text and with GPT-2's vocabulary."""
+def real_examples(test_data, every):
+    """Each `every`[0]-th of ActivityNet's examples, which are short, and each `every`[1]-th of WikiHow's."""
     keep_freed_memory()  # both make large tables of logits, and the kernel would clear each page anew
-    tokenizer = load_tokenizer(test_data / "gpt2_tokenizer")
     examples = hs.load_examples(test_data / "hellaswag" / "hellaswag_val.jsonl")
-    examples = (
-        examples[: 3243 : every[0]] + examples[3243 :: every[1]]
-    )  # ActivityNet's, which are short, then WikiHow's
+    return examples[: 3243 : every[0]] + examples[3243 :: every[1]], load_tokenizer(test_data / "gpt2_tokenizer")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, prefix", [("Llama", None), ("GPT2", "<|endoftext|>")])
+def test_harness_gives_the_same_for_models_of_others(tmp_path, test_data, name, prefix):
+    """Guards every rule of the harness convention at once, on real text and with GPT-2's vocabulary."""
+    examples, tokenizer = real_examples(test_data, (100, 300))
     folder = save_model(tmp_path / "hf", tiny_lm(name, 50257), tokenizer, prefix)
     model, its_tokenizer = hs.load_hf(folder, "cpu")
     options = {"packed": False, "prefix": its_tokenizer.prefix, "conventions": ["harness"]}
     scores = hs.score(model, its_tokenizer, examples, **options)
     ties = assert_same_as_harness(scores, *harness_scores(folder, examples, tmp_path))
-    print(f"{len(examples)} examples, {ties} of them ties")
-    assert len(examples) > (1000 if prefix is None else 50) and ties <= 0.01 * len(examples)
+    assert len(examples) > 50 and ties <= 0.01 * len(examples)
+
+
+@pytest.mark.slow
+def test_harness_gives_the_same_for_an_exported_model(tmp_path, test_data, tally):
+    """The number here, from packed rows of a checkpoint, is the number that others get from its export."""
+    pytest.importorskip("transformers")
+    examples, tokenizer = real_examples(test_data, (4, 34))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, n_layer=2, n_head=2, n_embd=32, dropout=0.0))
+    for p in model.parameters():
+        p.data.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)  # so that endings differ and ties are rare
+    tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
+    path = checkpoint.save(tmp_path / "run", 1, model.config, tensors, {"step": 1}, tokenizer)
+    export_hf.export(path, tmp_path / "hf")
+    scores = hs.score(model, tokenizer, examples, conventions=["harness"])
+    ties = assert_same_as_harness(scores, *harness_scores(tmp_path / "hf", examples, tmp_path))
+    assert len(examples) > 1000 and ties <= 0.01 * len(examples)
+    tally("examples scored as lm-evaluation-harness does", len(examples))

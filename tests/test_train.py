@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,40 @@ def test_resume_from_a_named_checkpoint_starts_a_new_run(toy):
     assert trace(branch) == trace(toy)[35:]
     with pytest.raises(UserError, match="does not exist"):
         train(replace(toy, run_name="new", resume=str(toy.run_dir / "step_00000099")))
+
+
+def test_a_moved_run_continues(toy, tmp_path):
+    """An absolute path inside would point to where the run once was."""
+    train(toy)
+    part = replace(toy, run_name="part", save_interval=20)
+    train(part)
+    shutil.rmtree(part.run_dir / "step_00000040")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(part.run_dir, tmp_path / "elsewhere" / "renamed")
+    there = replace(part, checkpoint_dir=str(tmp_path / "elsewhere"), run_name="renamed")
+    assert train(there)["step"] == 40
+    assert trace(there) == trace(toy)
+
+
+def test_no_secret_is_written(toy, monkeypatch, capsys):
+    """A key that is in the environment must not end in run.json, which people publish."""
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "hush-hush-1234567890")
+    train(replace(toy, max_steps=6))
+    written = [p for p in toy.run_dir.rglob("*") if p.is_file()]
+    assert len(written) > 8 and not any(b"hush-hush" in p.read_bytes() for p in written)
+    assert "hush-hush" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_out_of_memory_names_the_flag_to_lower(monkeypatch, capsys, error):
+    """The allocator's own message is a page, and on a CPU not even of a type of its own."""
+    monkeypatch.setattr(train_module, "train", lambda c: (_ for _ in ()).throw(error))
+    assert run(lambda: train_module.main([])) == 2
+    said = capsys.readouterr().err
+    assert "batch_size 16; lower --batch_size" in said and said.count("\n") == 1
 
 
 # --- faults

@@ -207,7 +207,7 @@ def what_it_looks_like(path) -> str:
         pickled = path.suffix in (".pt", ".pth", ".bin", ".ckpt")
         return "is a pickle of another project (which could run code and is not opened)" if pickled else "is a file"
     if (path / CONFIG).is_file():
-        return f"holds {CONFIG} but no {MANIFEST} (a Hugging Face model?)"
+        return f"holds {CONFIG} but no {MANIFEST} (a Hugging Face model? python export_hf.py import)"
     return "holds no checkpoint"
 
 

@@ -321,17 +321,29 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_the_next_start_continues_exactly(toy, number):
     """Between two steps, with nothing else due for long."""
-    toy = replace(toy, max_steps=300, eval_interval=0, sample_interval=0, save_interval=0, total_batch_tokens=128)
+    toy = replace(toy, max_steps=150, eval_interval=0, sample_interval=0, save_interval=0, total_batch_tokens=128)
     process = start(toy, sys.executable)
     wait_for_step(toy, 8, process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "saved in" in output, output
     stopped = checkpoint.step_of(checkpoint.steps(toy.run_dir)[0])
-    assert len(trace(toy)) == stopped < 300, "saved at the step where it stopped"
+    assert len(trace(toy)) == stopped < 150, "saved at the step where it stopped"
     if number == signal.SIGTERM:
         train(toy), train(replace(toy, run_name="whole"))
         assert trace(toy) == trace(replace(toy, run_name="whole"))
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run_soon(toy, monkeypatch):
+    """Noticed only at the next save, it would cost all the work between the two."""
+
+    def full(*args):
+        raise UserError("no space")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(UserError, match="no space"):
+        train(replace(toy, save_interval=5, eval_interval=0))
+    assert 5 <= len(trace(toy)) < 10
 
 
 SCENE = {"activity_label": "Cooking", "ctx": "A pot. A cook", "ctx_a": "A pot.", "ctx_b": "A cook", "label": 1}

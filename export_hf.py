@@ -30,6 +30,7 @@ from model import GPT, GPTConfig
 from runtime import DTYPES
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
+from tracking import read_rows
 
 CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
@@ -286,19 +287,7 @@ def compare_greedy(theirs, model, eot_token, bound):
 
 def measurements(run_dir, step) -> dict[str, dict]:
     """The rows of a run's metrics at this very step, by kind; {} where there are none."""
-    try:
-        lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    rows = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last line of a killed run
-            continue
-        if isinstance(row, dict) and row.get("step") == step:
-            rows[row.get("kind")] = row
-    return rows
+    return {row["kind"]: row for row in read_rows(Path(run_dir) / "metrics.jsonl") if row["step"] == step}
 
 
 def card(path, model, dtype, measured) -> str:

@@ -98,15 +98,11 @@ def test_two_hosts_give_the_numbers_and_the_files_of_two_processes_on_one(toy, h
     assert "validation loss" in first and "validation loss" not in second, "one host speaks"
 
 
-def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
-    """A pulled cable closes no connection: without a time-out both hosts would wait for ever, and silently."""
-    toy = replace(toy, timeout=5.0)
-    both = {host: hosts(host, toy) for host in "ab"}
-    wait_for_step(toy, 12, both["a"])
-    pull_out()
+def both_leave(both):
+    """Each host's training says in one line why it leaves, and leaves, while the cable is still out."""
     for host, process in both.items():
         while "has not answered" not in (line := process.stdout.readline()):
-            assert line, f"host {host} ended without a word"
+            assert line and "Traceback" not in line, f"host {host} ended in another way"
         assert "--timeout 5 seconds" in line and "saved checkpoints are intact" in line
     assert "exitcode  : 2 " in finished(both["a"], code=1, timeout=30)
     # b's torchrun waits for a's, which keeps the list of hosts, until the cable is back; b's training does not
@@ -114,7 +110,16 @@ def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
     while set(living("b")) - {both["b"].pid}:
         assert time.monotonic() < until, "training on host b has not left"
         time.sleep(0.1)
-    assert len(trace(toy)) < 40, "cut off in the middle"
+
+
+def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
+    """A pulled cable closes no connection: without a time-out both hosts would wait for ever, and silently."""
+    toy = replace(toy, timeout=5.0)
+    both = {host: hosts(host, toy) for host in "ab"}
+    wait_for_step(toy, 12, both["a"])
+    pull_out()
+    both_leave(both)
+    assert 12 <= len(trace(toy)) < 40, "cut off in the middle"
 
     plug_in()
     finished(both["b"], code=1, timeout=60)
@@ -122,4 +127,18 @@ def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
     assert "continued at step" in finished(both["a"], timeout=60)
     finished(both["b"], timeout=30)
     assert trace(toy) == trace(undisturbed(toy))
+    tally("hosts cut off survived")
+
+
+def test_hosts_that_never_find_each_other_give_up(toy, hosts, tally):
+    """What torch says of a host that it cannot reach at all is another error, and was a traceback."""
+    toy = replace(toy, timeout=5.0)
+    both = {host: hosts(host, toy) for host in "ab"}
+    until = time.monotonic() + 60
+    while min(len(living(host)) for host in "ab") < 2:  # torchrun has found the other, and starts the training
+        assert time.monotonic() < until, "torchrun did not start the training"
+        time.sleep(0.05)
+    pull_out()
+    both_leave(both)
+    assert not toy.run_dir.exists()
     tally("hosts cut off survived")

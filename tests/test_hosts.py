@@ -3,6 +3,7 @@
 They share the file system, as hosts with shared storage do. Needs root on Linux and iproute2; skipped elsewhere."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,11 @@ import pytest
 from test_devices import finished, torchrun
 from toy import start, trace, wait_for_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(150)]  # whatever hangs, hangs no longer
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),  # whatever hangs, hangs no longer
+    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("ip"), reason="needs Linux and iproute2"),
+]
 
 NAMESPACE = {host: f"gpt-{os.getpid()}-{host}" for host in "ab"}
 ADDRESS = {"a": "10.0.0.1", "b": "10.0.0.2"}  # known inside the namespaces only, like the port
@@ -61,8 +66,8 @@ def hosts():
     try:
         try:
             lay_cable()
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here, which need root: {error.stderr.strip()}")
         yield torchrun_on
     finally:
         for host, name in NAMESPACE.items():
@@ -104,7 +109,7 @@ def both_leave(both):
         while "has not answered" not in (line := process.stdout.readline()):
             assert line and "Traceback" not in line, f"host {host} ended in another way"
         assert "--timeout 5 seconds" in line and "saved checkpoints are intact" in line
-    assert "exitcode  : 2 " in finished(both["a"], code=1, timeout=30)
+    assert "exitcode  : 2 " in finished(both["a"], code=1, timeout=60)
     # b's torchrun waits for a's, which keeps the list of hosts, until the cable is back; b's training does not
     until = time.monotonic() + 30
     while set(living("b")) - {both["b"].pid}:
@@ -124,8 +129,8 @@ def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
     plug_in()
     finished(both["b"], code=1, timeout=60)
     both = {host: hosts(host, toy) for host in "ab"}
-    assert "continued at step" in finished(both["a"], timeout=60)
-    finished(both["b"], timeout=30)
+    assert "continued at step" in finished(both["a"])
+    finished(both["b"])
     assert trace(toy) == trace(undisturbed(toy))
     tally("hosts cut off survived")
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -72,18 +73,19 @@ def hosts():
     finally:
         for host, name in NAMESPACE.items():
             for pid in living(host):
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             ip("netns", "delete", name, check=False)
         for process in started:
             process.communicate(timeout=20)
 
 
-def pull_out(host="a"):
-    ip("-n", NAMESPACE[host], "link", "set", "cable", "down")
+def pull_out():
+    ip("-n", NAMESPACE["a"], "link", "set", "cable", "down")
 
 
-def plug_in(host="a"):
-    ip("-n", NAMESPACE[host], "link", "set", "cable", "up")
+def plug_in():
+    ip("-n", NAMESPACE["a"], "link", "set", "cable", "up")
 
 
 def undisturbed(toy):

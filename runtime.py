@@ -223,7 +223,8 @@ def out_of_memory(error) -> bool:
 
 def lost_peer(error) -> bool:
     """Whether an error means that another process of the run died, hangs, or cannot be reached."""
-    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting")
+    words = ["gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting"]
+    words += ["wait timeout", "client socket", "Broken pipe", "Failed to recv"]  # while they look for each other
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in words)
 
 

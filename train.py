@@ -311,7 +311,7 @@ def set_up(c: TrainConfig, rt) -> Run:
     if c.compile == "on" or (c.compile == "auto" and rt.device.type == "cuda" and not c.fsdp):
         step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
     if rt.world > 1 and not c.fsdp:
-        step_model = DistributedDataParallel(step_model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
     r = Run(c, rt, tokenizer, train_data, val_data, examples, model, step_model, optimizer, scaler)
     rt.refuse_disagreement(r.identity)

@@ -3,7 +3,7 @@
   loader     FineWebDataLoader.batch and torch.from_numpy, alone: 16 x 1,024 tokens in 4 micro-steps, windows that
              nobody has read before and then the same ones again
   waiting    what next() of FineWebBatchIterator takes when a step between two calls gives it time to read ahead
-  opening    a data set of 10M tokens and one of 10B: made anew each time, and its first batch from the middle of an epoch
+  opening    a data set of 10M tokens and one of 10B, anew each time, and its first batch from the middle of an epoch
   memory     resident bytes over several epochs, beyond those after the first batch
 
 The shards are files with holes, made for the purpose: they have the real sizes and hold zeros, so that this is

@@ -6,15 +6,14 @@
 
 A step is forward, backward, clip and update over one micro-batch of made-up tokens. With --compile all of them are
 compiled, and ours also runs eagerly. They take turns, a large matrix product of the same dtype among them, so that
-a machine that slows down slows down all of them; ratios are medians over the turns. Ours reads its loss and gradient norm
-after each step, because train.py does; the others read nothing.
+a machine that slows down slows down all of them; ratios are medians over the turns. Ours reads its loss and gradient
+norm after each step, because train.py does; the others read nothing.
 
 FLOP/s are the model's by GPT.flops_per_token (6N + 12LCT, our N for all), as a share of the matrix product and of the
 data sheet (MFU). Memory is a contestant's own peak on CUDA; a CPU only tells the peak of the whole process.
 Autocast, TF32 and, on a CPU, the heap that keeps its pages (runtime.keep_freed_memory) serve all contestants.
 """
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -237,12 +236,13 @@ def profile(step, rt, vocab_rows, steps) -> str:
         timed(step, steps, rt)
     events = profiler.key_averages(group_by_input_shape=True)
     groups, names, counts = dict.fromkeys(GROUPS, 0.0), {}, {}
-    for e in (e for e in events if e.device_type == DeviceType.CPU):  # operations; on CUDA also with their kernels' time
+    operations = [e for e in events if e.device_type == DeviceType.CPU]  # which know what their kernels took
+    for e in operations:
         spent = e.self_device_time_total if cuda else e.self_cpu_time_total
         groups[group_of(e.key, e.input_shapes or [], vocab_rows)] += spent
         names[e.key], counts[e.key] = names.get(e.key, 0) + spent, counts.get(e.key, 0) + e.count
     if cuda:  # kernels that no operation is known to have started
-        kernels = (e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False))
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
         groups["rest"] += max(0.0, sum(e.self_device_time_total for e in kernels) - sum(groups.values()))
     whole = sum(groups.values()) or 1.0
     lines = [f"{'part of a step':<58}{'ms':>10}{'share':>9}"]
@@ -274,8 +274,8 @@ def table(contestants, products, tokens, flops_per_token, product_flops, rt) -> 
         flops = rate * flops_per_token
         mfu = f"{flops / sheet:.1%}" if sheet else "-"
         memory = f"{one.memory / 2**30:.1f}" if one.memory is not None else "-"
-        lines.append(f"{one.name:<14}{rate:>11,.0f}{min(rates):>11,.0f}{max(rates):>11,.0f}{ratio:>9}{flops / 1e12:>10.4g}"
-                     f"{flops / peak:>12.1%}{mfu:>8}{memory:>7}{one.first:>9.1f}")  # fmt: skip
+        lines.append(f"{one.name:<14}{rate:>11,.0f}{min(rates):>11,.0f}{max(rates):>11,.0f}{ratio:>9}"
+                     f"{flops / 1e12:>10.4g}{flops / peak:>12.1%}{mfu:>8}{memory:>7}{one.first:>9.1f}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -300,8 +300,9 @@ def bench(batch_size, args, rt):
     products = compete(able, product, rt, args)
     with torch.device("meta"):
         model = GPT(config.model_config(vocab))
-    print(f"\nbatch {batch_size} x {T}, {model.num_parameters() / 1e6:.1f}M parameters, {rt.dtype}, "
-          f"{'compiled' if args.compile else 'eager'}, {args.rounds} rounds of {args.steps_per_round} steps")  # fmt: skip
+    how = "compiled" if args.compile else "eager"
+    print(f"\nbatch {batch_size} x {T}, {model.num_parameters() / 1e6:.1f}M parameters, {rt.dtype}, {how}, "
+          f"{args.rounds} rounds of {args.steps_per_round} steps")  # fmt: skip
     print(table(everyone, products, batch_size * T, model.flops_per_token(), product_flops, rt), flush=True)
     if args.profile and able:
         one = next((one for one in able if one.name == "ours"), able[0])
@@ -355,8 +356,8 @@ def main(argv=None):
     args.warm_up = 5 if rt.device.type == "cuda" else 1
     facts = runtime.versions()
     print(f"{facts['device_name']} ({rt.device}), {facts['threads']} threads, torch {facts['torch']}")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold:  # so that the first step pays for the whole compilation
-        if args.compile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold:
+        if args.compile:  # the first step is to pay for the whole compilation
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
         for batch_size in args.batch_size:
             bench(batch_size, args, rt)

@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint: copied and written in the background, or written in the foreground.
 
-    python benchmarks/bench_save.py [--out DIR] [--repeats 5] [--device cpu]
+    python benchmarks/bench_save.py [--out DIR] [--repeats 5] [--device cpu] [--tiny]
 
 The 124M model with AdamW's state, about 1.5 GB. DIR decides which disk is measured. The foreground figure is what
 training would wait if it saved before going on; the background figure, what it waits now.
@@ -46,14 +46,16 @@ def timed(function):
     return time.perf_counter() - began, result
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=None, help="folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="a model of one small layer, to see whether it runs")
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
-    model = GPT(GPTConfig()).to(args.device)
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "valid_vocab_size": 500} if args.tiny else {}
+    model = GPT(GPTConfig(**shape)).to(args.device)
     optimizer = filled(model)
     stalls, writes, probes = [], [], []
     with tempfile.TemporaryDirectory(dir=args.out) as folder:

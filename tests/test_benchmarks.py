@@ -1,0 +1,270 @@
+"""A benchmark that nobody runs for months stops running: each runs here in its smallest form, and shows numbers."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import data_processing_fineweb
+from errors import run
+from runtime import Runtime
+from toy import ROOT
+
+NANOGPT = '''
+"""As nanoGPT's: the names, the arguments and the pair that forward returns."""
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool = True
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert not config.bias
+        print("number of parameters: few")
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+
+    def forward(self, idx, targets):
+        logits = self.wte(idx) @ self.wte.weight.t()
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+'''
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def numbers(text, label) -> list[float]:
+    """The numbers in the first line that begins with `label`."""
+    line = next(line for line in text.splitlines() if line.startswith(label))
+    return [float(n.replace(",", "")) for n in re.findall(r"(?<![\w.])-?\d[\d,]*\.?\d*", line[len(label) :])]
+
+
+def test_training_benchmark_shows_every_contestant_and_where_the_time_goes(tmp_path, capsys):
+    import bench_train
+
+    (tmp_path / "model.py").write_text(NANOGPT)
+    bench_train.main(["--tiny", "--rounds", "2", "--device", "cpu", "--nanogpt", str(tmp_path), "--profile"])
+    out = capsys.readouterr().out
+    for name in ("ours", "transformers", "nanogpt"):
+        rate, low, high, ratio, teraflops, share = numbers(out, name + " ")[:6]
+        assert 0 < low <= rate <= high and ratio > 0 and teraflops > 0 and share > 0
+    assert numbers(out, "ours ")[3] == 1.0
+    shares = [numbers(out, group)[1] for group in bench_train.GROUPS]
+    assert sum(shares) == pytest.approx(100, abs=0.5) and min(shares[:5]) > 0
+    assert "number of parameters" not in out
+
+
+def test_training_benchmark_runs_the_step_of_train_py(monkeypatch, capsys):
+    """A step rewritten here would go its own way: what is timed as ours must be train.train_step, and must learn."""
+    import bench_train
+
+    rows, real = [], bench_train.train.train_step
+    monkeypatch.setattr(bench_train.train, "train_step", lambda *a: (rows.append(real(*a)[0]), rows[-1])[1])
+    monkeypatch.setattr(bench_train.train, "lr_at", lambda step, config: 1e-2)
+    bench_train.main(["--tiny", "--rounds", "2", "--steps_per_round", "3", "--device", "cpu", "--only", "ours"])
+    assert len(rows) == 2 + 2 * 3  # the first, the warm-up, and two rounds
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+
+
+def test_a_contestant_that_fails_costs_its_row_only(tmp_path, capsys):
+    import bench_train
+
+    broken = NANOGPT.replace("logits = ", "raise TypeError('no such\\nthing')\n        logits = ")
+    (tmp_path / "model.py").write_text(broken)
+    flags = ["--tiny", "--rounds", "1", "--device", "cpu", "--only", "ours,nanogpt"]
+    bench_train.main([*flags, "--nanogpt", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert numbers(out, "ours ")[0] > 0
+    assert re.search(r"^nanogpt +failed: TypeError: no such\\nthing$", out, re.M)
+
+
+def test_ratios_compare_the_steps_of_one_turn():
+    """On a machine that becomes slower, medians of each contestant alone would compare different moments."""
+    import bench_train
+
+    ours = bench_train.Contestant("ours", print, seconds=[1.0, 4.0, 4.0])
+    other = bench_train.Contestant("other", print, seconds=[2.0, 2.0, 8.0])
+    text = bench_train.table([ours, other], [0.5], 100, 1e9, 1e12, Runtime(torch.device("cpu"), "float32"))
+    assert numbers(text, "ours ")[:6] == [25, 25, 100, 1.0, 0.025, 1.2]
+    assert numbers(text, "other ")[:6] == [50, 12, 50, 0.5, 0.05, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "group"),
+    [
+        ("aten::mm", [[1024, 768], [768, 3072]], "matrix products"),
+        ("aten::mm", [[1024, 768], [768, 50304]], "loss and output head"),
+        ("aten::log_softmax", [[1024, 50304], [], []], "loss and output head"),
+        ("aten::_fused_adamw_", [[[50304, 768]]], "clip and optimizer"),
+        ("aten::_scaled_dot_product_flash_attention", [[4, 12, 1024, 64]], "attention"),
+        ("triton_per_fused_native_layer_norm_0", [], "norms, element-wise"),
+        ("aten::native_layer_norm", [[4, 1024, 768]], "norms, element-wise"),
+        ("autograd::engine::evaluate_function: MmBackward0", [], "rest"),
+    ],
+)
+def test_operations_count_with_the_right_part_of_a_step(name, shapes, group):
+    from bench_train import group_of
+
+    assert group_of(name, shapes, (50304, 50257)) == group
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch_size", "4,x"], "list of int"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--only", "ours,llama"], "its names are ours, transformers, nanogpt"),
+        (["--nanogpt", "/nowhere"], "no model.py"),
+        (["--dropout", "1", "--device", "cpu"], "dropout is 1.0"),
+    ],
+)
+def test_a_wrong_flag_of_the_training_benchmark_is_one_line(flags, words, capsys):
+    import bench_train
+
+    assert run(lambda: bench_train.main(flags)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_data_benchmark_shows_every_row(tmp_path, capsys):
+    import bench_data
+
+    bench_data.main(["--tiny", "--out", str(tmp_path), "--step_tokens_per_second", "100000"])
+    out = capsys.readouterr().out
+    for label in ("loader, windows read for the first time", "loader, the same windows again"):
+        middle, low, high = numbers(out, label)
+        assert 0 < low <= middle <= high
+    assert numbers(out, "next() after a step of 0.041 s")[0] >= 0
+    assert numbers(out, "opening 600,000 tokens")[0] > 0
+    assert numbers(out, "reading, not ahead, would be 1% of a step at")[0] > 0
+    assert "of a step (the first time" in out
+    if sys.platform == "linux":
+        assert len(numbers(out, "  epoch by epoch:")) == 5
+    assert not list(tmp_path.iterdir()), "the shards are removed"
+
+
+def test_waiting_is_for_windows_that_nobody_has_read(tmp_path):
+    """The pages of the first row's windows are in memory: who reads those again seems to wait for nothing."""
+    import bench_data
+
+    args = bench_data.parse_args(["--tiny"])
+    folder, read = bench_data.make_shards(tmp_path / "shards", 2, 50_000), []
+    real = bench_data.FineWebDataset.rows
+
+    def rows(self, windows):
+        read[-1].update(int(w) for w in windows)
+        return real(self, windows)
+
+    bench_data.FineWebDataset.rows = rows
+    try:
+        read.append(set())
+        bench_data.time_loader(folder, args)
+        read.append(set())
+        bench_data.time_waiting(folder, args, 0.01)
+    finally:
+        bench_data.FineWebDataset.rows = real
+    assert read[0] and read[1] and not read[0] & read[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_row_sees_a_data_set_that_keeps_what_it_has_read(tmp_path, monkeypatch):
+    """Without giving pages back, an epoch stays resident as a whole; the row must tell."""
+    import bench_data
+
+    args = bench_data.parse_args(["--tiny"])
+    args.epochs, args.block_size = 2, 1024
+    folder = bench_data.make_shards(tmp_path / "shards", 1, 5_000_000)  # 10 MB
+    monkeypatch.setattr(data_processing_fineweb, "RELEASE_BYTES", 2**20)
+    given_back = max(bench_data.growth(folder, args))
+    monkeypatch.setattr(data_processing_fineweb, "RELEASE_BYTES", 2**40)
+    kept = max(bench_data.growth(folder, args))
+    assert kept > 6e6 and given_back < kept / 2
+
+
+def test_saving_benchmark_shows_every_row(tmp_path, capsys):
+    import bench_save
+
+    bench_save.main(["--tiny", "--repeats", "2", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
+    for where in ("foreground", "background"):
+        middle, low, high = numbers(out, f"training waits, saving in the {where}")
+        assert 0 <= low <= middle <= high
+    assert not list(tmp_path.iterdir())
+
+
+# --- gpu.sh
+
+
+def gpu_sh(*flags, python=sys.executable, **environment):
+    env = {**os.environ, "PYTHON": python, **{k: str(v) for k, v in environment.items()}}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *flags]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+
+
+def test_gpu_sh_refuses_in_one_line(tmp_path):
+    usage = gpu_sh("--fast", OUT=tmp_path)
+    assert usage.returncode == 2 and "usage" in usage.stderr
+    no_torch = gpu_sh("--short", python=str(tmp_path / "python"), OUT=tmp_path)
+    assert no_torch.returncode == 2 and no_torch.stderr.count("\n") == 1 and "has no torch" in no_torch.stderr
+
+
+def stand_in(folder, data) -> str:
+    """An interpreter with every module but pytest. bench_train.py fails in it, bench_data.py does what `data` says."""
+    path = folder / "python"
+    path.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '*"import pytest"*) exit 1 ;;\n'
+        "-c*) exit 0 ;;\n"
+        "*bench_train*) echo half a table; echo the reason >&2; exit 3 ;;\n"
+        f"*bench_data*) {data} ;;\n"
+        "*) echo all of a table ;;\n"
+        "esac\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_gpu_sh_goes_on_after_a_part_that_fails(tmp_path):
+    """Ten minutes on a rented machine must not end with the first thing that goes wrong."""
+    done = gpu_sh("--short", python=stand_in(tmp_path, "exit 0"), OUT=tmp_path / "out")
+    assert done.returncode == 1
+    tables = (tmp_path / "out" / "tables.txt").read_text()
+    assert done.stdout.rstrip().rpartition("\n\n")[0].endswith(tables.rstrip()), "all tables come last"
+    assert "tests: skipped, not installed: pytest" in tables
+    assert "half a table\ntrain: FAILED with exit code 3" in tables and "the reason" in tables
+    assert "all of a table\nsave: done" in tables and "data: done" in tables
+
+
+@pytest.mark.slow
+def test_gpu_sh_stops_a_part_that_hangs(tmp_path):
+    began = time.monotonic()
+    done = gpu_sh("--short", python=stand_in(tmp_path, "exec sleep 60"), OUT=tmp_path / "out", LIMIT=15)
+    assert done.returncode == 1 and time.monotonic() - began < 45
+    assert "data: STOPPED after" in (tmp_path / "out" / "tables.txt").read_text()
+
+
+@pytest.mark.slow
+def test_gpu_sh_in_its_short_form(tmp_path):
+    done = gpu_sh("--short", OUT=tmp_path, LIMIT=270)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert numbers(done.stdout, "ours ")[0] > 0 and numbers(done.stdout, "loader, the same windows again")[0] > 0
+    assert "tests_model: done" in done.stdout and "tests_train: done" in done.stdout

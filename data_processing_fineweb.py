@@ -314,6 +314,8 @@ class FineWebDataset:
                 raise UserError(f"{shard.path}: changed while it was in use; start again")
             with open(shard.path, "rb") as f:
                 self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_RANDOM"):  # windows are shuffled: reading ahead would fetch what nobody wants next
+                self.maps[i].madvise(mmap.MADV_RANDOM)
         self.unreleased += max(16 * mmap.PAGESIZE, 8 * self.block_size)  # 16: what the kernel maps around one fault
         if self.unreleased > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self.unreleased = 0

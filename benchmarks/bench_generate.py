@@ -6,11 +6,12 @@
   limit         the longer of two times: to read the weights, and the keys and values so far, once per token; or to
                 compute 2 operations per weight and sequence. Which of the two it is stands beside it.
 
-The limit's speeds are measured in the same run: reading, as the faster of two products of a 512 MB matrix and a
-vector (by rows, by columns); computing, as a product of two square matrices. All take turns, so that a machine that
-slows down slows down all of them. What a token costs without a cache is a second-degree polynomial of the context's
-length; so it is timed at the first, middle and last length only, and summed by Simpson's rule. Without --checkpoint
-the model has GPT-2 124M's shape and random weights, which cost what trained ones cost.
+The limit's speeds are measured in the same run: reading, as the faster of two ways through 512 MB, a sum and a
+product with a vector in which each thread has its part of the matrix, by columns; computing, as a product of two
+square matrices. All take turns, so that a machine that slows down slows down all of them. What a token costs without
+a cache is a second-degree polynomial of the context's length; so it is timed at the first, middle and last length
+only, and summed by Simpson's rule. Without --checkpoint the model has GPT-2 124M's shape and random weights, which
+cost what trained ones cost.
 """
 
 import copy
@@ -82,15 +83,17 @@ def probes(device, dtype, tiny) -> dict:
     """What shows how fast the device is: name -> (function, bytes that it reads or operations that it computes)."""
     options = {"device": device, "dtype": DTYPES[dtype]}
     read, side = (2**20, 64) if tiny else (READ_BYTES, SIDE)
-    wide = torch.randn(read // DTYPES[dtype].itemsize // 4096, 4096, **options)
-    x, tall, square = torch.randn(4096, 1, **options), wide.t().contiguous().t(), torch.randn(side, side, **options)
+    parts = torch.get_num_threads() if device.type == "cpu" else 1
+    rows = read // DTYPES[dtype].itemsize // 1024 // parts
+    matrix, x = torch.randn(parts, 1024, rows, **options).mT, torch.randn(1024, 1, **options)
+    square = torch.randn(side, side, **options)
 
-    def waiting(product):
-        return lambda: product()[0, 0].item()  # returns when the device is done
+    def waiting(function):
+        return lambda: function().flatten()[0].item()  # returns when the device is done
 
     return {
-        "read by rows": (waiting(lambda: wide @ x), read),
-        "read by columns": (waiting(lambda: tall @ x), read),
+        "sum": (waiting(lambda: matrix.sum()), read),
+        "product": (waiting(lambda: matrix @ x), read),
         "compute": (waiting(lambda: square @ square), 2 * side**3),
     }
 
@@ -112,7 +115,7 @@ def limit(model, dtype, rates, prompt_tokens, batch, new_tokens):
     c, size = model.config, DTYPES[dtype].itemsize
     cached = batch * sum(range(prompt_tokens, prompt_tokens + new_tokens))  # tokens whose key and value are read
     read = (new_tokens * model.num_parameters() + cached * 2 * c.n_layer * c.n_embd) * size
-    speed = max(statistics.median(rates[name]) for name in ("read by rows", "read by columns"))
+    speed = max(statistics.median(rates[name]) for name in ("sum", "product"))
     seconds = {
         "reading": read / speed,
         "computing": 2 * batch * new_tokens * model.num_parameters() / statistics.median(rates["compute"]),
@@ -171,9 +174,13 @@ def load(args, device, dtype):
     return plain, fast, hugging_face(plain, dtype)
 
 
-def spoken(rates, name, unit):
-    each = [rate / 1e9 for rate in rates[name]]
-    return f"{name} {statistics.median(each):.1f} {unit} ({min(each):.1f}..{max(each):.1f})"
+def spoken(rates) -> str:
+    """One line: what the probes showed."""
+    said = []
+    for name, unit in (("sum", "GB"), ("product", "GB"), ("compute", "GFLOP")):
+        each = [rate / 1e9 for rate in rates[name]]
+        said.append(f"{name} {statistics.median(each):.1f} {unit}/s ({min(each):.1f}..{max(each):.1f})")
+    return ", ".join(said)
 
 
 def main(argv=None):
@@ -195,8 +202,7 @@ def main(argv=None):
             rates = measure(models, speeds, prompt, batch, args)
             bound = limit(models[0], dtype, rates, len(prompt), batch, args.new_tokens)
             print(table(rates, bound, batch), flush=True)
-            units = ("GB/s", "GB/s", "GFLOP/s")
-            notes.append(", ".join(spoken(rates, name, unit) for name, unit in zip(speeds, units)))
+            notes.append(spoken(rates))
         if models[2] is not None:
             both = zip(ours(models[1], prompt, 1, 8), transformers(models[2], prompt, 1, 8))
             notes.append(f"ours and transformers choose {sum(a == b for a, b in both)} of 8 tokens alike")

@@ -621,7 +621,7 @@ def test_benchmark_limit_counts_each_byte_once(monkeypatch):
     import bench_generate
 
     net = tiny_model()
-    rates = {"read by rows": [1.0], "read by columns": [2.0, 4.0, 3.0], "compute": [1e9]}
+    rates = {"sum": [1.0], "product": [2.0, 4.0, 3.0], "compute": [1e9]}
     weights, kept = 4 * net.num_parameters(), 2 * 2 * 32 * (3 + 4 + 5 + 6)  # layers, k and v, channels, lengths
     found, binding = bench_generate.limit(net, "float32", rates, 3, 2, 4)
     assert binding == "reading" and found == pytest.approx(2 * 4 * 3.0 / (4 * (weights + 2 * kept)))

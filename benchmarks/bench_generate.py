@@ -7,11 +7,11 @@
                 compute 2 operations per weight and sequence. Which of the two it is stands beside it.
 
 The limit's speeds are measured in the same run: reading, as the faster of two ways through 512 MB, a sum and a
-product with a vector in which each thread has its part of the matrix, by columns; computing, as a product of two
-square matrices. All take turns, so that a machine that slows down slows down all of them. What a token costs without
-a cache is a second-degree polynomial of the context's length; so it is timed at the first, middle and last length
-only, and summed by Simpson's rule. Without --checkpoint the model has GPT-2 124M's shape and random weights, which
-cost what trained ones cost.
+product of a vector and a matrix of which each thread has its part; computing, as a product of two square matrices.
+All take turns, so that a machine that slows down slows down all of them. What a token costs without a cache is a
+second-degree polynomial of the context's length; so it is timed at the first, middle and last length only, and summed
+by Simpson's rule. Without --checkpoint the model has GPT-2 124M's shape and random weights, which cost what trained
+ones cost.
 """
 
 import copy
@@ -85,7 +85,7 @@ def probes(device, dtype, tiny) -> dict:
     read, side = (2**20, 64) if tiny else (READ_BYTES, SIDE)
     parts = torch.get_num_threads() if device.type == "cpu" else 1
     rows = read // DTYPES[dtype].itemsize // 1024 // parts
-    matrix, x = torch.randn(parts, 1024, rows, **options).mT, torch.randn(1024, 1, **options)
+    matrix, x = torch.randn(parts, 1024, rows, **options), torch.randn(1, 1024, **options)
     square = torch.randn(side, side, **options)
 
     def waiting(function):
@@ -93,7 +93,7 @@ def probes(device, dtype, tiny) -> dict:
 
     return {
         "sum": (waiting(lambda: matrix.sum()), read),
-        "product": (waiting(lambda: matrix @ x), read),
+        "product": (waiting(lambda: x @ matrix), read),
         "compute": (waiting(lambda: square @ square), 2 * side**3),
     }
 

@@ -170,7 +170,7 @@ def load(args, device, dtype):
     most = plain.config.block_size
     if args.prompt_tokens + args.new_tokens > most:
         raise UserError(f"{args.prompt_tokens} + {args.new_tokens} tokens exceed the context of {most}")
-    fast = inference.by_columns(copy.deepcopy(plain)) if (device.type, dtype) == ("cpu", "float32") else plain
+    fast = inference.for_cpu(copy.deepcopy(plain)) if (device.type, dtype) == ("cpu", "float32") else plain
     return plain, fast, hugging_face(plain, dtype)
 
 

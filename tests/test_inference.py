@@ -25,9 +25,9 @@ GREEDY, PLAIN = PRESETS["greedy"], Sampling()
 EOT, VALID, BLOCK = 256, 257, 16
 
 
-def tiny_model(block_size=BLOCK, norm="layernorm"):
+def tiny_model(block_size=BLOCK, **options):
     torch.manual_seed(1)
-    shape = dict(n_layer=2, n_head=2, n_embd=32, dropout=0.5, norm=norm)
+    shape = dict(n_layer=2, n_head=2, n_embd=32, dropout=0.5, **options)
     net = GPT(GPTConfig(block_size, vocab_size=320, valid_vocab_size=VALID, **shape)).eval()
     with torch.no_grad():
         for name, p in net.named_parameters():  # large, so that the best token depends on the context
@@ -289,17 +289,39 @@ def layout(net):
     return [(p.stride(), p.data_ptr()) for p in net.parameters()]
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-def test_by_columns_keeps_values_and_text(norm):
+@pytest.fixture
+def threads():
+    """threads(n) sets how many torch uses; the number before comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_multiply_is_linear_for_any_number_of_threads(threads, monkeypatch, n):
+    """Parts in the wrong order, or a number of rows that does not divide; and both ways to store a matrix."""
+    monkeypatch.setattr(inference, "SHARED", 0)
+    threads(n)
+    stream = torch.Generator().manual_seed(0)
+    for rows, shape in ((96, (5, 1, 7)), (7, (2, 7)), (12, (1, 3, 7))):
+        weight, bias, x = (torch.randn(s, generator=stream) for s in ((rows, 7), rows, shape))
+        for stored in (weight, weight.t().contiguous().t()):
+            for b in (bias, None):
+                torch.testing.assert_close(inference.multiply(x, stored, b), torch.nn.functional.linear(x, weight, b))
+
+
+@pytest.mark.parametrize("norm, bias, shared", [("layernorm", True, 0), ("rmsnorm", False, 2**19)])
+def test_for_cpu_keeps_values_and_text(monkeypatch, norm, bias, shared):
     """Storing a matrix the other way round must not transpose it: a square one would still fit."""
-    rows = tiny_model(norm=norm)
-    turned = inference.by_columns(copy.deepcopy(rows))
-    for name, p in turned.named_parameters():
-        assert torch.equal(p, rows.get_parameter(name))
+    monkeypatch.setattr(inference, "SHARED", shared)
+    plain = tiny_model(norm=norm, bias=bias)
+    fast = inference.for_cpu(copy.deepcopy(plain))
+    for name, p in fast.named_parameters():
+        assert torch.equal(p, plain.get_parameter(name))
         assert p.dim() == 1 or p.t().is_contiguous() == (not name.endswith("mlp.c_proj.weight")), name
     for sampling in (GREEDY, PLAIN):
-        expected = columns(generate(rows, [7, 8], sampling, 40, 3, seed=2))
-        assert columns(generate(turned, [7, 8], sampling, 40, 3, seed=2)) == expected
+        expected = columns(generate(plain, [7, 8], sampling, 10, 3, seed=2))
+        assert columns(generate(fast, [7, 8], sampling, 10, 3, seed=2)) == expected
 
 
 def test_sampling_in_training_leaves_the_weights_where_they_are(model, tokenizer):
@@ -404,6 +426,7 @@ def command(monkeypatch, capsys, model, tokenizer):
     """command(*flags) -> (exit code, stdout, stderr), with the tiny model in place of a checkpoint."""
     monkeypatch.setattr(inference, "find_checkpoint", lambda path: Path(path or "checkpoints/toy/step_00000007"))
     monkeypatch.setattr(inference, "load_model", lambda path, device: (model, tokenizer))
+    monkeypatch.setattr(inference, "for_cpu", lambda net: net)  # it alters the model, which other tests use too
 
     def call(*flags):
         code = run(lambda: inference.main(list(flags)))
@@ -422,10 +445,10 @@ def test_alone_it_shows_every_preset_on_the_default_prompt(command, monkeypatch)
     assert "toy/step_00000007" in err and "tokens/s" in err and "first after" in err
 
 
-def test_weights_are_stored_by_turnedwhere_that_is_faster(command, monkeypatch):
-    """On a CPU in float32. In bfloat16 torch copies the weights first, and another library multiplies."""
+def test_the_fast_form_is_for_float32_on_a_cpu(command, monkeypatch):
+    """In bfloat16 torch copies the weights first, and another library multiplies."""
     done = []
-    monkeypatch.setattr(inference, "by_columns", done.append)
+    monkeypatch.setattr(inference, "for_cpu", done.append)
     for dtype, times in (("float32", 1), ("bfloat16", 1)):
         flags = ["--device", "cpu", "--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]
         assert command(*flags)[0] == 0 and len(done) == times

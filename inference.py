@@ -17,17 +17,19 @@ import select
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from model import KVCache
-from runtime import autocast, out_of_memory, pick_device, pick_dtype
+from runtime import autocast, keep_freed_memory, out_of_memory, pick_device, pick_dtype
 
 DEFAULT_PROMPT = "The"
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
-NUCLEUS_GUESS = 1024  # tokens that nearly always hold the nucleus; sorting 50,257 takes 8 times as long
+NUCLEUS_GUESSES = (1024, 8192)  # tokens that nearly always, mostly hold the nucleus; sorting 50,257 takes longest
+SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
 UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
 WINDOW = 4  # tokens that decide how the next one decodes: a character has at most 4 bytes
 
@@ -87,8 +89,8 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """The nucleus: the smallest set of tokens whose probability reaches p (Holtzman et al. 2019)."""
     probabilities = logits.softmax(-1)
-    for candidates in (min(NUCLEUS_GUESS, logits.size(-1)), logits.size(-1)):
-        best, ids = probabilities.topk(candidates)  # in descending order
+    for candidates in (*NUCLEUS_GUESSES, logits.size(-1)):
+        best, ids = probabilities.topk(min(candidates, logits.size(-1)))  # in descending order
         if best.sum(-1).min() >= p:
             break
     inside = best.cumsum(-1) - best < p  # what comes before falls short of p; nothing comes before the best
@@ -151,6 +153,37 @@ def new_cache(model, capacity):
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return KVCache(model.config, 1, capacity, weight.device, dtype)
+
+
+def multiply(x, weight, bias=None):
+    """F.linear in as many parts as there are threads: x (..., K), weight (N, K) -> (..., N).
+
+    A product with one or a few vectors takes as long as reading the matrix, and MKL leaves it to one thread (or two
+    that gain nothing); but a batch of products it shares out. So each thread gets its part of the rows. A small
+    matrix is read before another thread is awake."""
+    if weight.numel() < SHARED:
+        return torch.nn.functional.linear(x, weight, bias)
+    parts = weight.unflatten(0, (math.gcd(len(weight), torch.get_num_threads()), -1))  # (S, N/S, K)
+    y = torch.bmm(x.reshape(1, -1, x.size(-1)).expand(len(parts), -1, -1), parts.mT)  # (S, rows of x, N/S)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], len(weight))
+    return y if bias is None else y + bias
+
+
+def for_cpu(model):
+    """Makes a model sample faster on a CPU in float32, in place; its values, modules and shapes stay. Returns it.
+
+    Products are shared over the threads, and matrices that are not wider than high are stored by columns: a thread
+    reads rows of 768 channels at 15 GB/s, columns at 24 (AMD Milan, torch 2.13 with MKL). Not for a model in
+    training: the optimizer's state and DDP's buckets have the other layout."""
+    for p in model.parameters():
+        if p.dim() == 2 and p.size(0) >= p.size(1):
+            p.data = p.data.t().contiguous().t()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.forward = partial(multiply, weight=module.weight, bias=module.bias)
+    valid = model.config.valid_vocab_size  # rarely divides by anything; all rows of the embedding do
+    model.logits = lambda x: multiply(x, model.wte.weight)[..., :valid]
+    return model
 
 
 @torch.no_grad()  # torch enters it anew for each step: the caller's code in between is outside
@@ -443,8 +476,12 @@ def main(argv=None):
     path = find_checkpoint(args.checkpoint)
     model, tokenizer = load_model(path, device)
     print(f"checkpoint {path.parent.name}/{path.name} on {device}", file=sys.stderr)
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
-        with autocast(device, dtype):
+        if device.type == "cpu" and dtype == "float32":
+            for_cpu(model)
+        with torch.inference_mode(), autocast(device, dtype):  # without autograd's bookkeeping of views
             if args.interactive:
                 converse(model, tokenizer, presets, args)
             else:

@@ -1,6 +1,7 @@
 """Text from a model: sampling rules, cached generation, streaming, the command line. Names and docstrings
 say which bug each test guards against. The model is two untrained layers, the tokenizer plain bytes."""
 
+import copy
 import io
 import json
 import math
@@ -24,10 +25,10 @@ GREEDY, PLAIN = PRESETS["greedy"], Sampling()
 EOT, VALID, BLOCK = 256, 257, 16
 
 
-def tiny_model(block_size=BLOCK):
+def tiny_model(block_size=BLOCK, **options):
     torch.manual_seed(1)
-    config = GPTConfig(block_size, vocab_size=320, valid_vocab_size=VALID, n_layer=2, n_head=2, n_embd=32, dropout=0.5)
-    net = GPT(config).eval()
+    shape = dict(n_layer=2, n_head=2, n_embd=32, dropout=0.5, **options)
+    net = GPT(GPTConfig(block_size, vocab_size=320, valid_vocab_size=VALID, **shape)).eval()
     with torch.no_grad():
         for name, p in net.named_parameters():  # large, so that the best token depends on the context
             if p.dim() == 2:
@@ -89,6 +90,14 @@ def test_filters_agree_with_transformers(scale):
         torch.testing.assert_close(inference.keep_top_p(logits, p), process.TopPLogitsWarper(p)(None, logits))
     for p in (1e-3, 0.05, 0.5, 0.99):
         torch.testing.assert_close(inference.keep_min_p(logits, p), process.MinPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("scale", [0.1, 2.0, 4.0])  # about 17,600, 4,600 and 60 tokens hold 0.9
+def test_nucleus_of_any_size_agrees_with_a_full_sort(scale):
+    """Only the best tokens are sorted, as many as may hold the nucleus: none of the guesses may be the last."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = random_logits(2, 20_000, scale)
+    torch.testing.assert_close(inference.keep_top_p(logits, 0.9), process.TopPLogitsWarper(0.9)(None, logits))
 
 
 def test_penalty_agrees_with_transformers_and_counts_a_token_once():
@@ -276,6 +285,52 @@ def test_bfloat16_keeps_its_cache_in_bfloat16(model):
     assert inference.new_cache(model, 4).k.dtype == torch.float32
 
 
+def layout(net):
+    return [(p.stride(), p.data_ptr()) for p in net.parameters()]
+
+
+@pytest.fixture
+def threads():
+    """threads(n) sets how many torch uses; the number before comes back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_multiply_is_linear_for_any_number_of_threads(threads, monkeypatch, n):
+    """Parts in the wrong order, or a number of rows that does not divide; and both ways to store a matrix."""
+    monkeypatch.setattr(inference, "SHARED", 0)
+    threads(n)
+    stream = torch.Generator().manual_seed(0)
+    for rows, shape in ((96, (5, 1, 7)), (7, (2, 7)), (12, (1, 3, 7))):
+        weight, bias, x = (torch.randn(s, generator=stream) for s in ((rows, 7), rows, shape))
+        for stored in (weight, weight.t().contiguous().t()):
+            for b in (bias, None):
+                torch.testing.assert_close(inference.multiply(x, stored, b), torch.nn.functional.linear(x, weight, b))
+
+
+@pytest.mark.parametrize("norm, bias, shared", [("layernorm", True, 0), ("rmsnorm", False, 2**19)])
+def test_for_cpu_keeps_values_and_text(monkeypatch, norm, bias, shared):
+    """Storing a matrix the other way round must not transpose it: a square one would still fit."""
+    monkeypatch.setattr(inference, "SHARED", shared)
+    plain = tiny_model(norm=norm, bias=bias)
+    fast = inference.for_cpu(copy.deepcopy(plain))
+    for name, p in fast.named_parameters():
+        assert torch.equal(p, plain.get_parameter(name))
+        assert p.dim() == 1 or p.t().is_contiguous() == (not name.endswith("mlp.c_proj.weight")), name
+    for sampling in (GREEDY, PLAIN):
+        expected = columns(generate(plain, [7, 8], sampling, 10, 3, seed=2))
+        assert columns(generate(fast, [7, 8], sampling, 10, 3, seed=2)) == expected
+
+
+def test_sampling_in_training_leaves_the_weights_where_they_are(model, tokenizer):
+    """An optimizer, or DDP's buckets, would go on with weights that the model no longer has."""
+    before = layout(model)
+    sample_text(model, tokenizer, "ab", PLAIN, 5, 2)
+    assert layout(model) == before
+
+
 # ---------------------------------------------------------------------------------------
 # Ids to text.
 
@@ -371,6 +426,7 @@ def command(monkeypatch, capsys, model, tokenizer):
     """command(*flags) -> (exit code, stdout, stderr), with the tiny model in place of a checkpoint."""
     monkeypatch.setattr(inference, "find_checkpoint", lambda path: Path(path or "checkpoints/toy/step_00000007"))
     monkeypatch.setattr(inference, "load_model", lambda path, device: (model, tokenizer))
+    monkeypatch.setattr(inference, "for_cpu", lambda net: net)  # it alters the model, which other tests use too
 
     def call(*flags):
         code = run(lambda: inference.main(list(flags)))
@@ -387,6 +443,15 @@ def test_alone_it_shows_every_preset_on_the_default_prompt(command, monkeypatch)
         assert f"=== {name} (temperature" in out and f"{name}: " in err
     assert out.count("The sea") == 3
     assert "toy/step_00000007" in err and "tokens/s" in err and "first after" in err
+
+
+def test_the_fast_form_is_for_float32_on_a_cpu(command, monkeypatch):
+    """In bfloat16 torch copies the weights first, and another library multiplies."""
+    done = []
+    monkeypatch.setattr(inference, "for_cpu", done.append)
+    for dtype, times in (("float32", 1), ("bfloat16", 1)):
+        flags = ["--device", "cpu", "--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]
+        assert command(*flags)[0] == 0 and len(done) == times
 
 
 def test_one_stream_is_plain_text_and_equals_sample_text(command, model, tokenizer):
@@ -548,3 +613,40 @@ def test_reader_that_leaves_is_a_quiet_exit():
     process.stderr.close()
     assert process.wait(timeout=60) == 0
     assert "Error" not in error and "Exception" not in error
+
+
+def test_benchmark_runs(capsys, monkeypatch):
+    """A benchmark that nobody runs for months stops running; and both sides must do the same work."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bench_generate
+
+    bench_generate.main(["--tiny", "--repeats", "1", "--batches", "1,3", "--device", "cpu", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines() if line[:5].strip() in ("1", "3")]
+    assert [r[:2] for r in rows] == [[b, w] for b in "13" for w in ("ours", "transformers", "uncached", "limit")]
+    assert all(float(r[-1]) >= 0 for r in rows) and "8 of 8 tokens alike" in out
+
+
+def test_benchmark_does_without_transformers(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bench_generate
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    bench_generate.main(["--tiny", "--repeats", "1", "--batches", "2", "--device", "cpu", "--dtype", "float32"])
+    out = capsys.readouterr().out
+    assert "transformers not installed" in out and "    2  uncached" in out and "alike" not in out
+
+
+def test_benchmark_limit_counts_each_byte_once(monkeypatch):
+    """Weights once a token for all samples, keys and values of each; by hand for 2 samples of 4 tokens after 3."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import bench_generate
+
+    net = tiny_model()
+    rates = {"sum": [1.0], "product": [2.0, 4.0, 3.0], "compute": [1e9]}
+    weights, kept = 4 * net.num_parameters(), 2 * 2 * 32 * (3 + 4 + 5 + 6)  # layers, k and v, channels, lengths
+    found, binding = bench_generate.limit(net, "float32", rates, 3, 2, 4)
+    assert binding == "reading" and found == pytest.approx(2 * 4 * 3.0 / (4 * (weights + 2 * kept)))
+    found, binding = bench_generate.limit(net, "float32", rates | {"compute": [1.0]}, 3, 2, 4)
+    assert binding == "computing" and found == pytest.approx(1 / (2 * net.num_parameters()))

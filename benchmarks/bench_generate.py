@@ -1,0 +1,213 @@
+"""How many tokens a second sampling gives, beside two other ways and the limit: python benchmarks/bench_generate.py
+
+  ours          inference.generate, greedy, as the command line runs it
+  transformers  its generate(), greedy, with its default cache, on the same weights in export_hf.py's names
+  uncached      the whole context through the model for each token, logits of the last position (as nanoGPT samples)
+  limit         the longer of two times: to read the weights, and the keys and values so far, once per token; or to
+                compute 2 operations per weight and sequence. Which of the two it is stands beside it.
+
+The limit's speeds are measured in the same run: reading, as the faster of two ways through 512 MB, a sum and a
+product of a vector and a matrix of which each thread has its part; computing, as a product of two square matrices.
+All take turns, so that a machine that slows down slows down all of them. What a token costs without a cache is a
+second-degree polynomial of the context's length; so it is timed at the first, middle and last length only, and summed
+by Simpson's rule. Without --checkpoint the model has GPT-2 124M's shape and random weights, which cost what trained
+ones cost.
+"""
+
+import copy
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from bench_hellaswag import timed
+
+import export_hf
+import inference
+from checkpoint import load_model
+from errors import Parser, UserError, run
+from model import GPT, GPTConfig
+from runtime import DTYPES, autocast, keep_freed_memory, pick_device, pick_dtype, versions
+
+READ_BYTES = 2**29  # far more than caches hold
+SIDE = 2048  # of the square matrices
+
+
+def hugging_face(model, dtype):
+    """The same model in transformers; None where it is not installed."""
+    try:
+        library = export_hf.transformers()
+    except UserError:
+        return None
+    values, state = export_hf.hf_config(model.config), export_hf.to_hf(model.state_dict(), model.config)
+    config = library.AutoConfig.for_model(values.pop("model_type"), **values)
+    theirs = library.AutoModelForCausalLM.from_config(config)
+    theirs.load_state_dict(state | {export_hf.HEAD: state[export_hf.EMBEDDING]})
+    theirs.generation_config.eos_token_id = None  # each sample gets its full length
+    return theirs.to(model.wte.weight.device, DTYPES[dtype]).eval()
+
+
+def ours(model, prompt, batch, new_tokens):
+    """Ids of the first sample."""
+    return [step[0] for step in inference.generate(model, prompt, inference.PRESETS["greedy"], new_tokens, batch)]
+
+
+def transformers(theirs, prompt, batch, new_tokens):
+    """Ids of the first sample."""
+    idx = torch.tensor([prompt] * batch, device=theirs.device)
+    with torch.autocast(theirs.device.type, enabled=False):  # its weights are in the right precision already
+        out = theirs.generate(idx, attention_mask=torch.ones_like(idx), do_sample=False, max_new_tokens=new_tokens)
+    return out[0, len(prompt) :].tolist()
+
+
+def uncached(model, batch, length):
+    """The next id after `length` tokens."""
+    idx = torch.zeros(batch, length, dtype=torch.long, device=model.wte.weight.device)
+    return model.logits(model.features(idx)[:, -1]).argmax(-1).tolist()
+
+
+def ways(models, prompt, batch, new_tokens) -> dict:
+    """name -> function: a whole sampling each; for `uncached`, the first, middle and last of its tokens."""
+    plain, fast, theirs = models
+    found = {"ours": lambda: ours(fast, prompt, batch, new_tokens)}
+    if theirs is not None:
+        found["transformers"] = lambda: transformers(theirs, prompt, batch, new_tokens)
+    last = len(prompt) + new_tokens - 1  # length of the context from which the last token is drawn
+    lengths = {"first": len(prompt), "middle": (len(prompt) + last) // 2, "last": last}
+    return found | {name: lambda n=n: uncached(plain, batch, n) for name, n in lengths.items()}
+
+
+def probes(device, dtype, tiny) -> dict:
+    """What shows how fast the device is: name -> (function, bytes that it reads or operations that it computes)."""
+    options = {"device": device, "dtype": DTYPES[dtype]}
+    read, side = (2**20, 64) if tiny else (READ_BYTES, SIDE)
+    parts = torch.get_num_threads() if device.type == "cpu" else 1
+    rows = read // DTYPES[dtype].itemsize // 1024 // parts
+    matrix, x = torch.randn(parts, 1024, rows, **options), torch.randn(1, 1024, **options)
+    square = torch.randn(side, side, **options)
+
+    def waiting(function):
+        return lambda: function().flatten()[0].item()  # returns when the device is done
+
+    return {
+        "sum": (waiting(lambda: matrix.sum()), read),
+        "product": (waiting(lambda: x @ matrix), read),
+        "compute": (waiting(lambda: square @ square), 2 * side**3),
+    }
+
+
+def measure(models, speeds, prompt, batch, args) -> dict:
+    """Rates by name, one for each turn: tokens/s of the ways, bytes/s or operations/s of the probes."""
+    for way in ways(models, prompt, batch, 4).values():  # warms up
+        way()
+    probe = {name: function for name, (function, _) in speeds.items()}
+    seconds = timed(ways(models, prompt, batch, args.new_tokens) | probe, args.repeats)
+    parts = zip(*(seconds.pop(name) for name in ("first", "middle", "last")))
+    seconds["uncached"] = [args.new_tokens * (first + 4 * middle + last) / 6 for first, middle, last in parts]
+    work = {name: size for name, (_, size) in speeds.items()}
+    return {name: [work.get(name, batch * args.new_tokens) / s for s in turns] for name, turns in seconds.items()}
+
+
+def limit(model, dtype, rates, prompt_tokens, batch, new_tokens):
+    """(tokens/s that the device allows, what sets it: "reading" or "computing")."""
+    c, size = model.config, DTYPES[dtype].itemsize
+    cached = batch * sum(range(prompt_tokens, prompt_tokens + new_tokens))  # tokens whose key and value are read
+    read = (new_tokens * model.num_parameters() + cached * 2 * c.n_layer * c.n_embd) * size
+    speed = max(statistics.median(rates[name]) for name in ("sum", "product"))
+    seconds = {
+        "reading": read / speed,
+        "computing": 2 * batch * new_tokens * model.num_parameters() / statistics.median(rates["compute"]),
+    }
+    binding = max(seconds, key=seconds.get)
+    return batch * new_tokens / seconds[binding], binding
+
+
+def table(rates, bound, batch) -> str:
+    """The rows of one batch size."""
+    middle, lines = statistics.median(rates["ours"]), []
+    for name in ("ours", "transformers", "uncached"):
+        if name in rates:
+            each = rates[name]
+            spread = f"{min(each):.1f}..{max(each):.1f}"
+            ratio = middle / statistics.median(each)
+            lines.append(f"{batch:>5}  {name:<20}{statistics.median(each):>10.1f}  {spread:<16}{ratio:>8.2f}")
+    lines.append(f"{batch:>5}  {f'limit ({bound[1]})':<20}{bound[0]:>10.1f}  {'':<16}{middle / bound[0]:>8.2f}")
+    return "\n".join(lines)
+
+
+def parse_args(argv):
+    parser = Parser(description="Time sampling in three ways beside the device's limit; the table goes to stdout.")
+    add = parser.add_argument
+    add("--new_tokens", type=int, default=512, metavar="N", help="per sample (default: 512)")
+    add("--prompt_tokens", type=int, default=16, metavar="N", help="of the prompt (default: 16)")
+    add("--batches", default="1,16", metavar="N,N", help="numbers of samples at a time (default: 1,16)")
+    add("--repeats", type=int, default=3, metavar="N", help="turns (default: 3)")
+    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: 124M, random weights)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of products (default: auto)")
+    add("--tiny", action="store_true", help="one small layer and 8 tokens, to see whether everything runs")
+    args = parser.parse_args(argv)
+    args.new_tokens = 8 if args.tiny else args.new_tokens
+    try:
+        args.batches = [int(n) for n in args.batches.split(",")]
+    except ValueError:
+        raise UserError(f"--batches is {args.batches!r}; it must be numbers with commas between") from None
+    if min(args.new_tokens, args.prompt_tokens, args.repeats, *args.batches) < 1:
+        raise UserError("--new_tokens, --prompt_tokens, --batches and --repeats must be at least 1")
+    return args
+
+
+def load(args, device, dtype):
+    """(model as it is, as inference.py's command line runs it, in transformers or None)."""
+    torch.manual_seed(0)
+    if args.checkpoint:
+        plain = load_model(args.checkpoint, device)[0]
+    else:
+        shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 320, "valid_vocab_size": 300}
+        plain = GPT(GPTConfig(**shape if args.tiny else {})).to(device).eval()
+    most = plain.config.block_size
+    if args.prompt_tokens + args.new_tokens > most:
+        raise UserError(f"{args.prompt_tokens} + {args.new_tokens} tokens exceed the context of {most}")
+    fast = inference.for_cpu(copy.deepcopy(plain)) if (device.type, dtype) == ("cpu", "float32") else plain
+    return plain, fast, hugging_face(plain, dtype)
+
+
+def spoken(rates) -> str:
+    """One line: what the probes showed."""
+    said = []
+    for name, unit in (("sum", "GB"), ("product", "GB"), ("compute", "GFLOP")):
+        each = [rate / 1e9 for rate in rates[name]]
+        said.append(f"{name} {statistics.median(each):.1f} {unit}/s ({min(each):.1f}..{max(each):.1f})")
+    return ", ".join(said)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    models, prompt = load(args, device, dtype), list(range(1, args.prompt_tokens + 1))
+    where = f"{versions()['device_name']}, {torch.get_num_threads()} threads, {dtype}"
+    size = f"{models[0].num_parameters() / 1e6:.0f}M parameters"
+    print(f"{where}, {size}, {args.new_tokens} tokens after {len(prompt)}, {args.repeats} turns")
+    if models[2] is None:
+        print("transformers not installed")
+    print(f"{'batch':<5}  {'way':<20}{'tokens/s':>10}  {'min..max':<16}{'ours is':>8}")
+    speeds, notes = probes(device, dtype, args.tiny), []
+    with torch.inference_mode(), autocast(device, dtype):
+        for batch in args.batches:
+            rates = measure(models, speeds, prompt, batch, args)
+            bound = limit(models[0], dtype, rates, len(prompt), batch, args.new_tokens)
+            print(table(rates, bound, batch), flush=True)
+            notes.append(spoken(rates))
+        if models[2] is not None:
+            both = zip(ours(models[1], prompt, 1, 8), transformers(models[2], prompt, 1, 8))
+            notes.append(f"ours and transformers choose {sum(a == b for a, b in both)} of 8 tokens alike")
+    print("uncached: its first, middle and last token were timed, the rest is Simpson's rule", *notes, sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

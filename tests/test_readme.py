@@ -24,7 +24,7 @@ def test_every_link_leads_somewhere():
 
 def test_every_flag_of_train_it_shows_exists():
     """A command that a reader copies and that ends with exit code 2."""
-    commands = re.findall(r"train\.py((?:[^\n`]|\\\n)*)", README)
+    commands = re.findall(r"\btrain\.py((?:[^\n`]|\\\n)*)", README)
     flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command)}
     assert {"preset", "data_dir", "batch_size"} <= flags <= TrainConfig.__dataclass_fields__.keys()
     assert set(re.findall(r"--preset ([\w-]+)", README)) <= PRESETS.keys()

@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -35,19 +36,21 @@ LEFTOVER = ".unfinished_"  # prefix of directories that are being written or del
 # Saving.
 
 
-def snapshot(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+def snapshot(model, optimizer, keep=True) -> dict[str, dict[str, torch.Tensor]]:
     """Copies on the CPU of all that training goes on to change: the tensors of each file of a checkpoint.
 
-    Every rank must call it where the model is sharded, for its tensors are gathered; rank 0's result is whole."""
+    Where the model is sharded every rank must call it, for its tensors are gathered; one that does not `keep`
+    them, because another writes, copies nothing and gets None for each."""
     return {
-        MODEL: {name: whole(t) for name, t in model.state_dict().items()},
-        OPTIMIZER: {name: whole(t) for name, t in optimizer_tensors(model, optimizer).items()},
+        MODEL: {name: whole(t, keep) for name, t in model.state_dict().items()},
+        OPTIMIZER: {name: whole(t, keep) for name, t in optimizer_tensors(model, optimizer).items()},
     }
 
 
-def whole(t):
+def whole(t, keep):
     t = t.detach()
-    return (t.full_tensor() if is_sharded(t) else t).to("cpu", copy=True).contiguous()
+    t = t.full_tensor() if is_sharded(t) else t
+    return t.to("cpu", copy=True).contiguous() if keep else None
 
 
 def is_sharded(t):
@@ -95,8 +98,9 @@ def point(run_dir, name, step, **facts):
     write_json(Path(run_dir) / f"{name}.json", {"step": step, "checkpoint": name_of(step), **facts})
 
 
-def write_tensors(path, tensors):
-    save_file(tensors, path)
+def write_tensors(path, tensors, metadata=None):
+    """A safetensors file, flushed to the disk, beside a CONFIG whose permissions it takes."""
+    save_file(tensors, path, metadata)
     shutil.copymode(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
@@ -215,21 +219,28 @@ def what_it_looks_like(path) -> str:
 # Loading.
 
 
-def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
-    """Tensors of a file by name. UserError names a missing, extra, misshapen or non-finite one."""
+@contextmanager
+def opened(path):
+    """The safetensors file, open for reading; UserError where it is none."""
     try:
         with safe_open(path, "pt") as f:
-            names = set(f.keys())
-            for name in sorted(names ^ expected.keys()):
-                raise UserError(f"{path}: tensor {name} is {'not expected' if name in names else 'missing'}")
-            for name, shape in expected.items():
-                found = f.get_slice(name)
-                if list(found.get_shape()) != list(shape) or found.get_dtype() != "F32":
-                    has = f"{found.get_dtype()} {found.get_shape()}"
-                    raise UserError(f"{path}: tensor {name} is {has}, expected F32 {list(shape)}")
-            tensors = {name: f.get_tensor(name) for name in expected}  # one order on all ranks
+            yield f
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
+
+
+def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
+    """Tensors of a file by name. UserError names a missing, extra, misshapen or non-finite one."""
+    with opened(path) as f:
+        names = set(f.keys())
+        for name in sorted(names ^ expected.keys()):
+            raise UserError(f"{path}: tensor {name} is {'not expected' if name in names else 'missing'}")
+        for name, shape in expected.items():
+            found = f.get_slice(name)
+            if list(found.get_shape()) != list(shape) or found.get_dtype() != "F32":
+                has = f"{found.get_dtype()} {found.get_shape()}"
+                raise UserError(f"{path}: tensor {name} is {has}, expected F32 {list(shape)}")
+        tensors = {name: f.get_tensor(name) for name in expected}  # one order on all ranks
     for name, t in tensors.items():
         if not torch.isfinite(t).all():
             raise UserError(f"{path}: tensor {name} holds NaN or Inf")
@@ -291,11 +302,8 @@ def load_training(path, model, optimizer) -> dict:
     """Weights and optimizer state into existing objects; returns state.json."""
     path = Path(path)
     load_weights(path, model)
-    try:
-        with safe_open(path / OPTIMIZER, "pt") as f:
-            keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path / OPTIMIZER}: not a safetensors file that can be read ({error})") from error
+    with opened(path / OPTIMIZER) as f:
+        keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
     if keys not in ([], ["exp_avg", "exp_avg_sq", "step"]):  # AdamW's; [] before its first step
         raise UserError(f"{path / OPTIMIZER}: holds {', '.join(keys[:5])} of parameters, expected AdamW's state")
     named = dict(model.named_parameters())

@@ -8,7 +8,6 @@ transformers has loaded it and given our logits, our greedy tokens and our ids; 
 Shapes: C = n_embd channels, H heads, D = C/H channels per head.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -20,10 +19,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 import checkpoint
+from checkpoint import CONFIG, MODEL
 from errors import Parser, UserError, run
 from files import read_json, sync_directory, write_json, write_whole
 from model import GPT, GPTConfig
@@ -32,7 +31,7 @@ from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
 from tracking import read_rows
 
-CONFIG, MODEL, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
 SIZES = {  # of config.json, and ours
     "vocab_size": "valid_vocab_size",
@@ -198,10 +197,7 @@ def write_folder(folder, model, tokenizer, dtype):
     }
     write_json(folder / "tokenizer_config.json", about)
     tensors = {n: t.to(DTYPES[dtype]).contiguous() for n, t in to_hf(model.state_dict(), c).items()}
-    save_file(tensors, folder / MODEL, metadata={"format": "pt"})  # transformers 4 asks for it
-    shutil.copymode(folder / CONFIG, folder / MODEL)  # the user's umask; safetensors alone gives 0600
-    with open(folder / MODEL, "rb+") as f:
-        os.fsync(f.fileno())
+    checkpoint.write_tensors(folder / MODEL, tensors, {"format": "pt"})  # transformers 4 asks for it
 
 
 def transformers():
@@ -473,7 +469,7 @@ def tensor_files(folder) -> dict[str, Path]:
         raise UserError(f"{folder}: found no {MODEL} and no {INDEX}{there}; save it with safetensors")
     files = {}
     for name in sorted(names):
-        with opened(folder / name) as f:
+        with checkpoint.opened(folder / name) as f:
             files |= dict.fromkeys(f.keys(), folder / name)
     return files
 
@@ -483,15 +479,6 @@ def is_name(value) -> bool:
     return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
 
 
-@contextlib.contextmanager
-def opened(path):
-    try:
-        with safe_open(path, "pt") as f:
-            yield f
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file that can be read ({error})") from error
-
-
 def read_tensors(files, expected: dict[str, torch.Size]) -> dict:
     """Tensors by name in float32. UserError names a missing, extra, misshapen, non-finite one, or an untied head."""
     for name in sorted(files.keys() ^ (expected.keys() | files.keys() & {HEAD})):
@@ -499,7 +486,7 @@ def read_tensors(files, expected: dict[str, torch.Size]) -> dict:
         raise UserError(f"{where}; the folder does not hold the model of its {CONFIG}")
     tensors = {}
     for path in sorted(set(files.values())):
-        with opened(path) as f:
+        with checkpoint.opened(path) as f:
             for name in [n for n in files if files[n] == path]:
                 found, shape = f.get_slice(name), list(expected[EMBEDDING if name == HEAD else name])
                 if list(found.get_shape()) != shape or found.get_dtype() not in ("F32", "BF16", "F16"):

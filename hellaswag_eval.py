@@ -43,7 +43,7 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from files import write_whole
-from runtime import autocast, keep_freed_memory, out_of_memory, pick_device, pick_dtype
+from runtime import autocast, memory_advice, pick
 from tokenizer import replace_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -566,10 +566,7 @@ def parse_args(argv):
 def main(argv=None):
     """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
     args = parse_args(argv)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device, dtype = pick(args.device, args.dtype)
     path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)
     model, tokenizer = load_hf(args.hf_model, device) if args.hf_model else load_model(path, device)
@@ -577,14 +574,11 @@ def main(argv=None):
     print(f"{name} on {device} in {dtype}", file=sys.stderr)
     options = {"packed": False, "prefix": tokenizer.prefix} if args.hf_model else {}
     labels = np.array([example["label"] for example in examples])
-    try:
-        with autocast(device, dtype), tqdm(total=len(examples), unit=" examples", disable=None, leave=False) as bar:
-            progress = running_accuracy(bar, labels)  # disable=None: no bar where stderr is not a terminal
-            scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError("out of memory on the device; lower --batch_tokens") from error
+    # disable=None: no bar where stderr is not a terminal
+    bar = tqdm(total=len(examples), unit=" examples", disable=None, leave=False)
+    with memory_advice("on the device; lower --batch_tokens"), autocast(device, dtype), bar:
+        progress = running_accuracy(bar, labels)
+        scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
     print(report(scores.summary()))
     if args.json:
         write(args.json, as_json_lines(scores).encode())

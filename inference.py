@@ -24,7 +24,7 @@ import torch
 from checkpoint import find_checkpoint, load_model
 from errors import Parser, UserError, run
 from model import KVCache
-from runtime import autocast, keep_freed_memory, out_of_memory, pick_device, pick_dtype
+from runtime import autocast, keep_freed_memory, memory_advice, pick_device, pick_dtype
 
 DEFAULT_PROMPT = "The"
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
@@ -478,7 +478,7 @@ def main(argv=None):
     print(f"checkpoint {path.parent.name}/{path.name} on {device}", file=sys.stderr)
     if device.type == "cpu":
         keep_freed_memory()
-    try:
+    with memory_advice("on the device; lower --num_samples or --max_new_tokens"):
         if device.type == "cpu" and dtype == "float32":
             for_cpu(model)
         with torch.inference_mode(), autocast(device, dtype):  # without autograd's bookkeeping of views
@@ -486,10 +486,6 @@ def main(argv=None):
                 converse(model, tokenizer, presets, args)
             else:
                 complete(model, tokenizer, prompt, presets, args)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError("out of memory on the device; lower --num_samples or --max_new_tokens") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -71,6 +71,14 @@ def pick_dtype(name, device) -> str:
     if name == "float16" and device.type == "cpu":
         raise UserError("dtype float16 is not for CPUs; use float32 or bfloat16")
     return best if name == "auto" else name
+
+
+def pick(device, dtype) -> tuple[torch.device, str]:
+    """Both, for a script that is not a run: a CPU's heap keeps its pages from here on."""
+    device = pick_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device, pick_dtype(dtype, device)
 
 
 def autocast(device, dtype):
@@ -219,6 +227,17 @@ def stop():
 def out_of_memory(error) -> bool:
     """Whether an error means that the device has no memory left; a CPU's allocator has no type of its own for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_advice(advice):
+    """Turns running out of memory into a UserError that ends with the advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {advice}") from error
 
 
 def lost_peer(error) -> bool:

@@ -300,8 +300,15 @@ def set_up(c: TrainConfig, rt) -> Run:
     """Data, model and optimizer of a run at step 0."""
     tokenizer, train_data, val_data = open_data(c, rt)
     examples = load_hellaswag(c, rt)
+    r = Run(c, rt, tokenizer, train_data, val_data, examples, *build(c, rt, tokenizer.vocab_size))
+    rt.refuse_disagreement(r.identity)
+    return r
+
+
+def build(c: TrainConfig, rt, valid_vocab_size):
+    """(model, step_model, optimizer, scaler) of a run at step 0; see Run."""
     torch.manual_seed(c.seed)
-    model = GPT(c.model_config(tokenizer.vocab_size))
+    model = GPT(c.model_config(valid_vocab_size))
     model.grad_checkpoint = c.grad_checkpoint
     model = shard(model, rt) if c.fsdp else model.to(rt.device)
     optimizer = torch.optim.AdamW(
@@ -312,10 +319,7 @@ def set_up(c: TrainConfig, rt) -> Run:
         step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
     if rt.world > 1 and not c.fsdp:
         step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True)
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
-    r = Run(c, rt, tokenizer, train_data, val_data, examples, model, step_model, optimizer, scaler)
-    rt.refuse_disagreement(r.identity)
-    return r
+    return model, step_model, optimizer, torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
 
 
 def shard(model, rt):
@@ -482,7 +486,10 @@ def finish_step(r: Run):
 def save(r: Run):
     """Copies this step's state, and has it written, and old checkpoints removed, while training goes on."""
     finish_saving(r)
-    tensors = checkpoint.snapshot(r.model, r.optimizer)
+    tensors = checkpoint.snapshot(r.model, r.optimizer, keep=r.rt.is_main)
+    r.saved_step = r.step
+    if not r.rt.is_main:
+        return
     state = {
         "step": r.step,
         "samples_seen": r.samples_seen,
@@ -498,9 +505,7 @@ def save(r: Run):
         checkpoint.save(r.config.run_dir, step, r.model.config, tensors, state, r.tokenizer)
         checkpoint.rotate(r.config.run_dir, r.config.keep_last, best)
 
-    if r.rt.is_main:
-        r.saving = r.background.submit(write)
-    r.saved_step = step
+    r.saving = r.background.submit(write)
 
 
 def finish_saving(r: Run):
@@ -516,8 +521,7 @@ def best_step(r: Run) -> int | None:
 
 
 def keep_best(r: Run):
-    best = best_step(r)
-    if r.rt.is_main and best is not None:
+    if r.rt.is_main and (best := best_step(r)) is not None:
         checkpoint.point(r.config.run_dir, "best", best, loss=r.metrics.vals[best])
 
 
@@ -659,7 +663,6 @@ def run_to_end(r: Run, stack) -> dict:
         finish_step(r)  # the first validation; or what a restart found undone
         train_steps(r)
     except runtime.Stopped:
-        finish_saving(r)
         if r.saved_step != r.step:
             save(r)
         summary["signal"] = max(rt.gather(r.signals.received))
@@ -705,22 +708,20 @@ def parse(argv=None) -> TrainConfig:
 
 def main(argv=None) -> int:
     config = parse(argv)
+    advice = (
+        f"at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
+        "or add --grad_checkpoint. Saved checkpoints are intact"
+    )
     try:
-        result = train(config)
-    except (RuntimeError, MemoryError) as error:
-        if runtime.out_of_memory(error):
-            said = (
-                f"out of memory at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
-                "or add --grad_checkpoint. Saved checkpoints are intact"
-            )
-        elif runtime.lost_peer(error):
-            said = (
-                f"another process of this run is gone or has not answered for --timeout {config.timeout:g} seconds "
-                f"({str(error).splitlines()[0]}); saved checkpoints are intact: start all processes again"
-            )
-        else:
+        with runtime.memory_advice(advice):
+            result = train(config)
+    except RuntimeError as error:
+        if not runtime.lost_peer(error):
             raise
-        raise UserError(said) from error
+        raise UserError(
+            f"another process of this run is gone or has not answered for --timeout {config.timeout:g} seconds "
+            f"({str(error).splitlines()[0]}); saved checkpoints are intact: start all processes again"
+        ) from error
     if result.get("signal"):
         return 128 + result["signal"]
     if not config.eval_only and int(os.environ.get("RANK", 0)) == 0:

@@ -29,7 +29,7 @@ import inference
 from checkpoint import load_model
 from errors import Parser, UserError, run
 from model import GPT, GPTConfig
-from runtime import DTYPES, autocast, keep_freed_memory, pick_device, pick_dtype, versions
+from runtime import DTYPES, autocast, pick, versions
 
 READ_BYTES = 2**29  # far more than caches hold
 SIDE = 2048  # of the square matrices
@@ -185,10 +185,7 @@ def spoken(rates) -> str:
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device, dtype = pick(args.device, args.dtype)
     models, prompt = load(args, device, dtype), list(range(1, args.prompt_tokens + 1))
     where = f"{versions()['device_name']}, {torch.get_num_threads()} threads, {dtype}"
     size = f"{models[0].num_parameters() / 1e6:.0f}M parameters"

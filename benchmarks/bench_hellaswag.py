@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import hellaswag_eval
 from errors import Parser, UserError, run
 from model import GPT, GPTConfig
-from runtime import autocast, keep_freed_memory, pick_device, pick_dtype, versions
+from runtime import autocast, pick, versions
 from tokenizer import load_tokenizer
 
 
@@ -89,10 +89,7 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device, dtype = pick(args.device, args.dtype)
     examples = hellaswag_eval.load_examples(args.data)
     examples = examples[:: max(1, len(examples) // args.examples)][: args.examples]
     tokenizer = load_tokenizer(args.tokenizer)

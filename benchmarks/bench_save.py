@@ -6,7 +6,6 @@ The 124M model with AdamW's state, about 1.5 GB. DIR decides which disk is measu
 training would wait if it saved before going on; the background figure, what it waits now.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -18,7 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
+from errors import Parser, run
 from model import GPT, GPTConfig
+from runtime import pick_device
 
 
 class NoTokenizer:
@@ -47,7 +48,7 @@ def timed(function):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=None, help="folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -55,7 +56,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "valid_vocab_size": 500} if args.tiny else {}
-    model = GPT(GPTConfig(**shape)).to(args.device)
+    model = GPT(GPTConfig(**shape)).to(pick_device(args.device))
     optimizer = filled(model)
     stalls, writes, probes = [], [], []
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
@@ -84,4 +85,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

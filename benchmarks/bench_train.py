@@ -47,19 +47,9 @@ PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # side of the large matrices
 
 
 def our_step(config, rt, x, y, vocab, compiled):
-    """One batch again and again through train.train_step; the rest as in train.set_up, which wants data on a disk."""
-    torch.manual_seed(config.seed)
-    model = GPT(config.model_config(vocab)).to(rt.device)
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay),
-        lr=config.lr,
-        betas=(0.9, config.beta2),
-        eps=1e-8,
-        fused=rt.device.type != "mps",
-    )
-    step_model = torch.compile(model) if compiled else model
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
-    r = train.Run(config, rt, None, None, None, None, model, step_model, optimizer, scaler)
+    """One batch again and again through train.train_step."""
+    config = replace(config, compile="on" if compiled else "off")
+    r = train.Run(config, rt, None, None, None, None, *train.build(config, rt, vocab))
     batch = Batch(0, 0, x[None], y[None], y.numel(), 0)
     return lambda: train.train_step(r, batch)
 

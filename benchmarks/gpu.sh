@@ -125,11 +125,7 @@ else
     save=(--device cuda --repeats 3)
     data=(--device cuda --batches 50 --epoch_tokens 50000000 --step_tokens_per_second 400000)
 fi
-if [ ! -f benchmarks/bench_generate.py ]; then
-    skip generate "there is no bench_generate.py"
-else
-    part generate 80 "$python" benchmarks/bench_generate.py "${generate[@]}"
-fi
+part generate 80 "$python" benchmarks/bench_generate.py "${generate[@]}"
 if [ ! -d "$tokenizer" ] || [ ! -f "$hellaswag" ]; then
     skip hellaswag "GPT_TEST_DATA names no folder with gpt2_tokenizer/ and hellaswag/hellaswag_val.jsonl"
 elif ! has tokenizers; then

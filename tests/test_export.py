@@ -24,23 +24,18 @@ import inference
 from errors import UserError
 from model import GPT, GPTConfig
 from tokenizer import TextTokenizer, load_tokenizer
+from toy import spread
 
 KINDS = [("layernorm", False), ("layernorm", True), ("rmsnorm", False), ("rmsnorm", True)]
 VALID = 515  # ids of the tokenizer; rows 515 to 575 of the embedding are padding
 ROOT = Path(__file__).parent.parent
 
 
-def spread(seed=0, **changes):
+def build(seed=0, **changes):
     """A tiny model with padding rows, in which nothing is zero, one or too small to matter."""
     torch.manual_seed(seed)
     sizes = {"block_size": 64, "vocab_size": 576, "valid_vocab_size": VALID, "n_layer": 2, "n_head": 4, "n_embd": 32}
-    model = GPT(GPTConfig(**sizes | {"dropout": 0.1, "rope_theta": 500.0} | changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(std=0.3)
-            if p.dim() == 1 and name.endswith("weight"):
-                p.add_(1)
-    return model.eval()
+    return spread(GPT(GPTConfig(**sizes | {"dropout": 0.1, "rope_theta": 500.0} | changes)))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +54,7 @@ def save(run_dir, model, tokenizer, step=7):
 @pytest.fixture
 def saved(tmp_path, tokenizer):
     """A checkpoint of the default kind."""
-    return save(tmp_path / "run", spread(), tokenizer)
+    return save(tmp_path / "run", build(), tokenizer)
 
 
 @pytest.fixture
@@ -99,7 +94,7 @@ def same(a, b):
 @torch.no_grad()
 def test_transformers_gives_our_logits_and_our_greedy_tokens(tmp_path, tokenizer, norm, bias):
     """Guards the mapping as a user meets it: AutoModel, whole context, and generation with its own cache."""
-    model = spread(norm=norm, bias=bias)
+    model = build(norm=norm, bias=bias)
     export_hf.export(save(tmp_path / "run", model, tokenizer), tmp_path / "hf")
     theirs, idx, eot = load(tmp_path / "hf"), random_ids(3, 64), tokenizer.eot_token
     ours, logits = model(idx), theirs(idx).logits
@@ -176,7 +171,7 @@ def test_a_wrong_export_is_refused_and_nothing_is_left(saved, tmp_path, monkeypa
 
 def test_padding_rows_in_the_export_are_refused(saved, tmp_path, monkeypatch):
     """With the padded vocabulary transformers could sample ids that no tokenizer knows."""
-    padded = dataclasses.replace(spread().config, valid_vocab_size=576)
+    padded = dataclasses.replace(build().config, valid_vocab_size=576)
     config, tensors = export_hf.hf_config, export_hf.to_hf
     monkeypatch.setattr(export_hf, "hf_config", lambda c, *rest: config(padded, *rest))
     monkeypatch.setattr(export_hf, "to_hf", lambda state, c: tensors(state, padded))
@@ -191,7 +186,7 @@ def test_16_bit_weights_are_ours_rounded_and_nothing_else(saved, tmp_path, dtype
     measured = export_hf.export(saved, tmp_path / "hf", dtype)
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as f:
         assert {f.get_slice(name).get_dtype() for name in f.keys()} == {dtype.replace("float", "F").upper()}  # noqa: SIM118
-    model, idx = spread(), random_ids(2, 64)
+    model, idx = build(), random_ids(2, 64)
     rounding = (export_hf.through(model, dtype)(idx) - model(idx)).abs().max()
     assert measured["logits"] < 1e-4 < 1e-3 < measured["rounding"] < 4 * rounding
     assert f"rounding to {dtype} moved them" in (tmp_path / "hf" / "README.md").read_text()
@@ -199,7 +194,7 @@ def test_16_bit_weights_are_ours_rounded_and_nothing_else(saved, tmp_path, dtype
 
 def test_weights_too_large_for_float16_are_refused(tmp_path, tokenizer):
     """65,504 is float16's largest number; what lies beyond would be written as infinite."""
-    model = spread()
+    model = build()
     model.h[1].mlp.c_fc.weight.data[0, 0] = 7e4
     path = save(tmp_path / "run", model, tokenizer)
     with pytest.raises(UserError, match=r"h\.1\.mlp\.c_fc\.weight has values too large for float16"):
@@ -220,7 +215,7 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(export_hf, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"hf was not written .*No space left"):
         export_hf.export(saved, tmp_path / "hf")
     assert sorted(tmp_path.iterdir()) == before
@@ -265,7 +260,7 @@ def test_a_tokenizer_that_adds_tokens_adds_none_in_the_export(tmp_path, tokenize
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     eot = ("<|endoftext|>", tokenizer.eot_token)
     backend.post_processor = processors.TemplateProcessing(single=f"{eot[0]} $A", special_tokens=[eot])
-    export_hf.export(save(tmp_path / "run", spread(), TextTokenizer(backend, "adding")), tmp_path / "hf")
+    export_hf.export(save(tmp_path / "run", build(), TextTokenizer(backend, "adding")), tmp_path / "hf")
     assert auto_tokenizer(tmp_path / "hf")("a b")["input_ids"] == tokenizer.encode("a b")
 
 
@@ -289,7 +284,7 @@ def test_gpt2s_tokenizer_gives_the_same_ids_of_real_text(test_data, tmp_path):
     import pyarrow.parquet as pq
 
     tokenizer = load_tokenizer(test_data / "gpt2_tokenizer")
-    model = spread(vocab_size=50304, valid_vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
+    model = build(vocab_size=50304, valid_vocab_size=50257, n_layer=1, n_head=1, n_embd=8)
     export_hf.export(save(tmp_path / "run", model, tokenizer), tmp_path / "hf")
     theirs = auto_tokenizer(tmp_path / "hf")
     for text in pq.read_table(test_data / "corpus" / "val" / "00000.parquet", columns=["text"])["text"][:5].to_pylist():
@@ -305,7 +300,7 @@ def test_gpt2s_tokenizer_gives_the_same_ids_of_real_text(test_data, tmp_path):
 def test_export_and_import_give_the_same_tensors(tmp_path, tokenizer, norm, bias):
     """Bit for bit, but for the padding rows, which mean nothing and come back as zeros; a second export is
     the same file to the byte."""
-    model = spread(norm=norm, bias=bias)
+    model = build(norm=norm, bias=bias)
     export_hf.export(save(tmp_path / "run", model, tokenizer), tmp_path / "hf")
     path = export_hf.import_folder(tmp_path / "hf", tmp_path / "back")
     checkpoint.verify(path)
@@ -323,7 +318,7 @@ def test_export_and_import_give_the_same_tensors(tmp_path, tokenizer, norm, bias
 @torch.no_grad()
 def test_what_transformers_saves_after_fine_tuning_comes_back(tmp_path, tokenizer, norm, bias, dtype):
     """Guards against reading only our own writing: its config.json, its shards with an index, its 16-bit weights."""
-    export_hf.export(save(tmp_path / "run", spread(norm=norm, bias=bias), tokenizer), tmp_path / "hf")
+    export_hf.export(save(tmp_path / "run", build(norm=norm, bias=bias), tokenizer), tmp_path / "hf")
     theirs = load(tmp_path / "hf").to(dtype)
     for p in theirs.parameters():
         p.add_(torch.randn_like(p) * 0.05)
@@ -435,7 +430,8 @@ def test_a_head_stored_beside_the_equal_embedding_is_read(exported, tmp_path):
     tensors = load_file(exported / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, exported / "model.safetensors")
-    export_hf.import_folder(exported, tmp_path / "back")
+    model, _ = checkpoint.load_model(export_hf.import_folder(exported, tmp_path / "back"))
+    assert torch.equal(model.wte.weight[: len(tensors["lm_head.weight"])], tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize("where", ["../outside.safetensors", "/etc/passwd", "model.bin", 3, None])
@@ -486,7 +482,7 @@ def test_more_ids_than_rows_are_refused_and_spare_rows_dropped(exported, tmp_pat
                 export_hf.import_folder(exported, tmp_path / "back")
     export_hf.import_folder(exported, tmp_path / "back")
     back, _ = checkpoint.load_model(tmp_path / "back")
-    assert same(valid_rows(back), valid_rows(spread()))
+    assert same(valid_rows(back), valid_rows(build()))
 
 
 # ---------------------------------------------------------------------------------------
@@ -520,7 +516,7 @@ def test_the_card_carries_the_numbers_of_this_step(saved, tmp_path):
     )
     assert not [text for text in (*expected, "`edu_fineweb10B`", "Starcoder2ForCausalLM") if text not in card]
     assert not [text for text in ("4.99", "146.94", "not measured", "somebody", "llama.cpp") if text in card]
-    assert f"{valid_count(spread()):,} (2 layers" in card
+    assert f"{valid_count(build()):,} (2 layers" in card
 
 
 def valid_count(model):
@@ -529,7 +525,7 @@ def valid_count(model):
 
 def test_the_card_says_what_was_not_measured(tmp_path, tokenizer):
     """A number that is not there must not be made up; and RMSNorm comes with its warning."""
-    export_hf.export(save(tmp_path / "run", spread(norm="rmsnorm"), tokenizer), tmp_path / "hf")
+    export_hf.export(save(tmp_path / "run", build(norm="rmsnorm"), tokenizer), tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
     assert card.count("| not measured |") == 5 and "llama.cpp computes every Arcee" in card
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -541,7 +537,7 @@ def test_the_card_says_what_was_not_measured(tmp_path, tokenizer):
 
 def test_the_warning_that_comes_with_rmsnorm_is_also_printed(tmp_path, tokenizer, capsys):
     """llama.cpp would run such a model without a word, with another activation."""
-    path = save(tmp_path / "run", spread(norm="rmsnorm"), tokenizer)
+    path = save(tmp_path / "run", build(norm="rmsnorm"), tokenizer)
     export_hf.main(["--checkpoint", str(path), "--out_dir", str(tmp_path / "hf")])
     out, err = capsys.readouterr()
     assert "llama.cpp computes every Arcee model" in err and err.count("\n") == out.count("\n") == 1
@@ -556,7 +552,7 @@ def test_both_ways_on_the_command_line(saved, tmp_path, monkeypatch, capsys):
     assert "hf_tiny: verified with transformers, logits differ by at most" in capsys.readouterr().out
     export_hf.main(["import", "hf_tiny"])
     assert capsys.readouterr().out == "checkpoints/hf_tiny/step_00000000\n"
-    assert same(valid_rows(checkpoint.load_model(Path("checkpoints/hf_tiny"))[0]), valid_rows(spread()))
+    assert same(valid_rows(checkpoint.load_model(Path("checkpoints/hf_tiny"))[0]), valid_rows(build()))
 
 
 @pytest.mark.parametrize(
@@ -680,7 +676,7 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_line(tmp_path, hub, status):
 def test_gguf_has_a_name_for_every_tensor(norm):
     """Guards the road to llama.cpp: its converter stops at the first tensor whose name it cannot map."""
     gguf = pytest.importorskip("gguf")
-    model = spread(norm=norm)
+    model = build(norm=norm)
     arch = gguf.MODEL_ARCH.STARCODER2 if norm == "layernorm" else gguf.MODEL_ARCH.ARCEE
     names = gguf.get_tensor_name_map(arch, model.config.n_layer)
     theirs = export_hf.to_hf(model.state_dict(), model.config)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, processors
 
 import checkpoint
 import export_hf
@@ -21,17 +21,14 @@ import hellaswag_eval as hs
 from errors import UserError, run
 from model import GPT, GPTConfig
 from runtime import keep_freed_memory
-from tokenizer import TextTokenizer, load_tokenizer
+from tokenizer import load_tokenizer
+from toy import bytes_only
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     """One id per byte, and the marker: 257 ids, so that a test knows how many tokens a text has."""
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    return TextTokenizer(backend, "bytes")
+    return bytes_only()
 
 
 @pytest.fixture(scope="module")

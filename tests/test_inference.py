@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import inference
 from errors import UserError, run
 from inference import PRESETS, Sample, Sampling, TokenDecoder, choose, draw, generate, sample_text
 from model import GPT, GPTConfig
-from tokenizer import TextTokenizer
+from toy import bytes_only
 
 GREEDY, PLAIN = PRESETS["greedy"], Sampling()
 EOT, VALID, BLOCK = 256, 257, 16
@@ -34,16 +33,6 @@ def tiny_model(block_size=BLOCK, **options):
             if p.dim() == 2:
                 p.mul_(4 if "wte" in name else 20)
     return net
-
-
-def bytes_only():
-    """256 bytes, no merges, and the marker: every character beyond ASCII is split over tokens."""
-    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    backend = Tokenizer(models.BPE(alphabet, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    return TextTokenizer(backend, "bytes")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from model import (
     rotate,
     rotate_complex,
 )
+from toy import spread
 
 VALID = 89  # ids of the tiny vocabulary; rows 89 to 95 of its embedding are padding
 
@@ -41,13 +42,7 @@ def tiny(**changes):
 def build(seed=0, **changes):
     """A tiny model with large random weights, biases and norms: nothing is zero, one or too small to matter."""
     torch.manual_seed(seed)
-    model = GPT(tiny(**changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.normal_(std=0.3)
-            if p.dim() == 1 and name.endswith("weight"):
-                p.add_(1)
-    return model.eval()
+    return spread(GPT(tiny(**changes)))
 
 
 def tokens(*shape, seed=1, high=VALID):

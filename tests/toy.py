@@ -1,10 +1,15 @@
-"""What tests of whole runs share: the trace that must not change, and the real command line in another process."""
+"""What several test files share: the trace that must not change, the real command line in another process, and the
+smallest of tokenizers and models."""
 
 import os
 import subprocess
 import time
 from pathlib import Path
 
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from tokenizer import TextTokenizer
 from tracking import read_rows
 from train import PRESETS
 
@@ -45,3 +50,23 @@ def wait_for_step(config, step, process):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} never came")
+
+
+def bytes_only():
+    """256 bytes, no merges, and the marker: every character beyond ASCII is split over tokens."""
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(alphabet, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    return TextTokenizer(backend, "bytes")
+
+
+def spread(model):
+    """The model with large random weights, biases and norms: nothing is zero, one or too small to matter."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(std=0.3)
+            if p.dim() == 1 and name.endswith("weight"):
+                p.add_(1)
+    return model.eval()

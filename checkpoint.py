@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from errors import Parser, UserError, run
 from files import UNFINISHED, read_json, sha256, sync_directory, write_json
 from model import GPT, GPTConfig
+from muon import Muon
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
 
@@ -298,22 +299,26 @@ def refuse_larger(c: GPTConfig, path):
         raise UserError(f"{path / CONFIG}: a model larger than the {size:,} bytes of {MODEL}")
 
 
+def kept_keys(optimizer, group):
+    """What an optimizer remembers of each parameter of a group."""
+    muon = isinstance(optimizer, Muon) and "parts" in group
+    return ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
+
+
 def load_training(path, model, optimizer) -> dict:
     """Weights and optimizer state into existing objects; returns state.json."""
     path = Path(path)
     load_weights(path, model)
     with opened(path / OPTIMIZER) as f:
-        keys = sorted({name.rpartition("/")[2] for name in f.keys()})  # noqa: SIM118
-    if keys not in ([], ["exp_avg", "exp_avg_sq", "step"]):  # AdamW's; [] before its first step
-        raise UserError(f"{path / OPTIMIZER}: holds {', '.join(keys[:5])} of parameters, expected AdamW's state")
-    named = dict(model.named_parameters())
-    shapes = {f"{name}/{key}": [] if key == "step" else p.shape for name, p in named.items() for key in keys}
+        started = len(f.keys()) > 0  # an optimizer has no state before its first step
+    named = {p: name for name, p in model.named_parameters()}
+    keys = {p: kept_keys(optimizer, g) for g in optimizer.param_groups for p in g["params"]} if started else {}
+    shapes = {f"{named[p]}/{k}": [] if k == "step" else p.shape for p in keys for k in keys[p]}
     tensors = read_tensors(path / OPTIMIZER, shapes)
-    order = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {}
-    for name, p in named.items() if keys else ():
-        values = {key: tensors[f"{name}/{key}"] for key in keys}
-        state[order[p]] = {key: t if key == "step" else laid_out_like(p, t) for key, t in values.items()}
+    for i, p in enumerate(keys):
+        values = {k: tensors[f"{named[p]}/{k}"] for k in keys[p]}
+        state[i] = {k: t if k == "step" else laid_out_like(p, t) for k, t in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return read_json(path / STATE)
 

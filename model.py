@@ -345,8 +345,15 @@ class GPT(nn.Module):
         return 6 * self.num_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def parameter_groups(self, weight_decay):
-        """For the optimizer: decay on matrices only; norms and biases have nothing to gain from it."""
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        """For the optimizer: decay on matrices only; norms and biases have nothing to gain from it. The matrices of
+        the blocks stand apart, and say how many (`parts`) lie in each one below the other: muon.Muon asks for that."""
+        inside = [(name, p) for name, p in self.h.named_parameters() if p.dim() == 2]
+        attention = [p for name, p in inside if "c_attn" in name]
+        others = [p for name, p in inside if "c_attn" not in name]
         vectors = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return [g for g in groups if g["params"]]
+        return [
+            {"params": [self.wte.weight], "weight_decay": weight_decay},
+            {"params": attention, "weight_decay": weight_decay, "parts": 3},
+            {"params": others, "weight_decay": weight_decay, "parts": 1},
+            {"params": vectors, "weight_decay": 0.0},
+        ]

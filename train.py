@@ -39,6 +39,7 @@ from data_processing_fineweb import (
 from errors import Parser, UserError, run
 from files import read_json, write_json
 from model import GPT, GPTConfig
+from muon import Muon
 from prepare_fineweb import prepare_demo
 from tokenizer import load_tokenizer
 from tracking import Metrics, Progress, Wandb
@@ -77,6 +78,9 @@ class TrainConfig:
     )
     total_batch_tokens: int = flag(
         65_536, "tokens per optimizer step over all devices; sets the accumulation", at_least=1
+    )
+    optimizer: str = flag(
+        "adamw", "adamw, or muon for the matrices inside the blocks and adamw for the rest", choices=("adamw", "muon")
     )
     lr: float = flag(6e-4, "highest learning rate", at_least=0)
     min_lr: float = flag(6e-5, "learning rate at the last step", at_least=0)
@@ -230,6 +234,7 @@ class Run:
         """What a run may not change half way: the numbers would no longer belong to one experiment."""
         return {
             **asdict(self.model.config),
+            "optimizer": self.config.optimizer,
             "seed": self.config.seed,
             "no_shuffle": self.config.no_shuffle,
             "data": self.train_data.fingerprint(),
@@ -311,7 +316,8 @@ def build(c: TrainConfig, rt, valid_vocab_size):
     model = GPT(c.model_config(valid_vocab_size))
     model.grad_checkpoint = c.grad_checkpoint
     model = shard(model, rt) if c.fsdp else model.to(rt.device)
-    optimizer = torch.optim.AdamW(
+    kind = {"adamw": torch.optim.AdamW, "muon": Muon}[c.optimizer]
+    optimizer = kind(
         model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"
     )
     step_model = model

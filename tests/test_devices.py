@@ -66,9 +66,10 @@ def scenes(tmp_path):
     return str(path)
 
 
-def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tally):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tally, optimizer):
     """Each session of a run may have another number of processes, with weights sharded or not."""
-    plain = replace(plain, hellaswag_interval=30, hellaswag_data=scenes)
+    plain = replace(plain, optimizer=optimizer, hellaswag_interval=30, hellaswag_data=scenes)
     one = replace(plain, run_name="one")
     finished(start(one, sys.executable))
     two = replace(plain, run_name="two")

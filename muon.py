@@ -1,0 +1,82 @@
+"""Muon: a step along the gradient's directions, all of them equally far (Jordan et al. 2024).
+
+Notable: the gradient of a weight matrix is dominated by a few directions, and a step along it, AdamW's too, mostly
+repeats those. Muon takes the momentum of the gradient, sets all of its singular values to about one by five
+matrix polynomials (no decomposition is computed), and steps along that. It suits the matrices inside the blocks; the
+embedding, a table of rows, and all vectors stay with AdamW, from which this class inherits, so a run still
+has one optimizer. torch.optim.Muon is the same rule for one matrix at a time, in bfloat16 always, which CPUs without
+such instructions multiply thirty times more slowly than float32; a test holds the two together.
+"""
+
+import torch
+
+A, B, C = 3.4445, -4.7750, 2.0315  # steepest at zero, and settling between 0.7 and 1.2 (Jordan et al. 2024)
+
+
+def orthogonalize(x, steps=5):
+    """U Vᵀ, nearly, of each x = U S Vᵀ: singular values between 0.7 and 1.2 (0 stays 0). x (n, rows, columns).
+
+    Each step is an odd polynomial of x, so it acts on the singular values alone: s -> A s + B s^3 + C s^5."""
+    wide = x if x.size(-2) <= x.size(-1) else x.mT  # the smaller of the two products x xᵀ
+    wide = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # now no singular value exceeds 1
+    wide = wide.bfloat16() if x.is_cuda else wide
+    for _ in range(steps):
+        square = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=B, alpha=C), wide, beta=A)
+    return wide if x.size(-2) <= x.size(-1) else wide.mT
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except for parameter groups with a key `parts`: Muon moves those. All groups share the learning rate.
+
+    `parts` is the number of square or oblong matrices that each of the group's parameters holds one below the other
+    (3 for queries, keys and values). A step has the root mean square 0.2 lr per entry, which is AdamW's usual one, so
+    that learning rate and weight decay keep their meaning (Liu et al. 2025, arXiv 2502.16982).
+    """
+
+    def __init__(self, groups, momentum=0.95, **adamw):
+        super().__init__(groups, **adamw)
+        self.momentum = momentum
+        self._step_supports_amp_scaling = False  # fp16's scaler is to skip a step as a whole, as it does for most
+
+    def __setstate__(self, state):
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own looks for its keys everywhere
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update from the gradients; those of the matrices are gone afterwards."""
+        for group in self.param_groups:
+            if "parts" in group:
+                self.move(group)
+        super().step(closure)
+
+    def move(self, group):
+        same = {}  # matrices of one shape are worked on together: a few large products, not hundreds of small ones
+        for p in group["params"]:
+            if p.grad is not None:
+                direction = self.direction(p).unflatten(0, (group["parts"], -1))
+                same.setdefault(direction.shape, []).append((p, direction))
+                p.grad = None  # nothing is left for AdamW
+        for (parts, *shape), members in same.items():
+            steps = orthogonalize(torch.cat([direction for _, direction in members]))
+            for (p, _), step in zip(members, steps.split(parts)):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(laid_out_like(p, step.flatten(0, 1)), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+    def direction(self, p):
+        """Nesterov's momentum of the gradient, whole where it is sharded."""
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
+        direction = p.grad.lerp(average, self.momentum)
+        return direction.full_tensor() if hasattr(direction, "full_tensor") else direction
+
+
+def laid_out_like(p, step):
+    """The rank's own part of a step that every rank has computed, if p is sharded."""
+    if not hasattr(p, "full_tensor"):
+        return step
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(step.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)

@@ -319,7 +319,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """(..., C) -> (..., valid_vocab_size): the padding rows do not exist for a caller."""
-        return F.linear(x, self.wte.weight[: self.config.valid_vocab_size])
+        return F.linear(x, self.wte.weight)[..., : self.config.valid_vocab_size]  # autocast keeps a whole matrix's copy
 
     def forward(self, idx, targets=None, positions=None, mask=None, cache=None):
         """Logits (B, T, valid_vocab_size); or, given targets (B, T), the SUM of the losses in nats

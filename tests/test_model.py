@@ -393,6 +393,18 @@ def test_loss_survives_logits_beyond_the_range_of_exp():
         close(a, b, 1e-4)
 
 
+@torch.no_grad()
+def test_autocast_casts_the_embedding_once_not_for_each_token():
+    """Bug: a slice of the weights is cast anew by each call, which is most of what a sampled token reads."""
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens(1, 1))
+        with Watch() as later:
+            model(tokens(1, 1))
+    size = model.wte.weight[:VALID].numel()
+    assert not [t.shape for t in later.tensors if t.dtype == torch.bfloat16 and t.numel() >= size and t.is_contiguous()]
+
+
 def test_loss_under_bfloat16_is_as_close_to_float32_as_autograd_is(monkeypatch):
     """Guards the softmax and the sums, which must stay float32 under autocast."""
     monkeypatch.setattr(model_file, "LOSS_ROWS", 100)

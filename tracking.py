@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the terminal, and Weights & Biases where it is asked for.
+"""What a run tells: metrics.jsonl, the terminal, and Weights & Biases or trackio where they are asked for.
 
 Notable: metrics.jsonl is the truth, one JSON object a line, and exact across restarts: rows after
 the checkpoint that is resumed are cut off, so every step has one row. The rest are views of it;
@@ -73,6 +73,63 @@ def read_rows(path):
                 raise UserError(f"{path}, line {number}: not a row of metrics; mend that line or delete it")
 
 
+class Tracker:
+    """The rows shown by Weights & Biases, or by trackio's local dashboard, which needs no account and no network.
+
+    Whatever goes wrong there costs one warning, not the run."""
+
+    def __init__(self, library, project, name, run_dir, config):
+        """library: "wandb" or "trackio"; a run continued from `run_dir` continues there too."""
+        self.library, self.log_row, self.samples = library, None, []
+        try:
+            begin = {"wandb": begin_wandb, "trackio": begin_trackio}[library]
+            self.log_row, self.table, self.finish = begin(project, name or Path(run_dir).name, Path(run_dir), config)
+        except Exception as error:
+            self.give_up(error)
+
+    def log(self, row):
+        if self.log_row is None:
+            return
+        values = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step", "checksum")}
+        try:
+            if row["kind"] == "sample":
+                self.samples.append([row["step"], row["prompt"], row["text"]])
+                values = {"samples": self.table(columns=["step", "prompt", "text"], data=self.samples.copy())}
+            self.log_row(row["step"], {k: v for k, v in values.items() if v is not None})
+        except Exception as error:
+            self.give_up(error)
+
+    def close(self):
+        if self.log_row is not None:
+            try:
+                self.finish()
+            except Exception as error:
+                self.give_up(error)
+
+    def give_up(self, error):
+        self.log_row = None
+        print(
+            f"warning: {self.library} is off for the rest of this run ({type(error).__name__}: {error})",
+            file=sys.stderr,
+        )
+
+
+def begin_wandb(project, name, run_dir, config):
+    """(function of step and values, class of tables, function to end with) of a run at Weights & Biases."""
+    import wandb  # here: optional, and slow to import
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
+    if mode == "offline":
+        print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
+    id_file = run_dir / "wandb_id.txt"
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+    place = dict(project=project, name=name, dir=str(run_dir), mode=mode, settings=wandb.Settings(init_timeout=30))
+    run = wandb.init(config=config, id=run_id, resume="allow", **place)
+    id_file.write_text(run_id + "\n")
+    run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
+    return lambda step, values: run.log({"step": step} | values), wandb.Table, run.finish
+
+
 def has_key(wandb) -> bool:
     try:
         return bool(wandb.login(prompt=False))
@@ -80,54 +137,14 @@ def has_key(wandb) -> bool:
         return False
 
 
-class Wandb:
-    """The rows sent to Weights & Biases. Whatever goes wrong there costs one warning, not the run."""
+def begin_trackio(project, name, run_dir, config):
+    """The same of a run in trackio, which keeps it in a database of the user's (TRACKIO_DIR)."""
+    import trackio
 
-    def __init__(self, project, name, run_dir, config):
-        self.run = None
-        try:
-            import wandb  # here: optional, and slow to import
-
-            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
-            if mode == "offline":
-                print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
-            id_file = Path(run_dir) / "wandb_id.txt"
-            run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-            self.run = wandb.init(
-                project=project,
-                name=name or Path(run_dir).name,
-                dir=str(run_dir),
-                config=config,
-                id=run_id,
-                resume="allow",
-                mode=mode,
-                settings=wandb.Settings(init_timeout=30),
-            )
-            id_file.write_text(run_id + "\n")
-            self.run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
-        except Exception as error:
-            self.give_up(error)
-
-    def log(self, row):
-        if self.run is None:
-            return
-        try:
-            self.run.log(
-                {"step": row["step"]} | {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step")}
-            )
-        except Exception as error:
-            self.give_up(error)
-
-    def close(self):
-        if self.run is not None:
-            try:
-                self.run.finish()
-            except Exception as error:
-                self.give_up(error)
-
-    def give_up(self, error):
-        self.run = None
-        print(f"warning: wandb is off for the rest of this run ({type(error).__name__}: {error})", file=sys.stderr)
+    run = trackio.init(
+        project, name, config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
+    )
+    return lambda step, values: run.log(values, step), trackio.Table, trackio.finish
 
 
 class Progress:

@@ -42,7 +42,7 @@ from model import GPT, GPTConfig
 from muon import Muon
 from prepare_fineweb import prepare_demo
 from tokenizer import load_tokenizer
-from tracking import Metrics, Progress, Wandb
+from tracking import Metrics, Progress, Tracker
 
 # ---------------------------------------------------------------------------------------
 # Configuration. Every field is a flag.
@@ -116,7 +116,10 @@ class TrainConfig:
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, about a third slower")
     eval_only: bool = flag(False, "evaluate --checkpoint, or the run's newest, and stop")
     checkpoint: str | None = flag(None, "with --eval_only: a run's directory or one checkpoint")
-    wandb_project: str | None = flag(None, "log to this Weights & Biases project; default: off")
+    tracker: str = flag(
+        "off", "also log to wandb, or to trackio, a local dashboard", choices=("off", "wandb", "trackio")
+    )
+    wandb_project: str | None = flag(None, "project there, and wandb if no --tracker is named; default: gpt")
     wandb_run_name: str | None = flag(None, "name of the run there; default: run_name")
 
     @property
@@ -222,7 +225,7 @@ class Run:
     background: ThreadPoolExecutor | None = None  # writes checkpoints
     saving: Future | None = None  # the one being written, on rank 0
     metrics: Metrics | None = None
-    wandb: Wandb | None = None
+    tracker: Tracker | None = None
     progress: Progress | None = None
 
     @property
@@ -243,8 +246,8 @@ class Run:
 
     def log(self, kind, **values):
         row = self.metrics.log(kind, self.step, tokens=self.tokens, seconds=round(self.seconds, 3), **values)
-        if self.wandb:
-            self.wandb.log(row)
+        if self.tracker:
+            self.tracker.log(row)
         return row
 
     def due(self) -> list[str]:
@@ -662,9 +665,10 @@ def run_to_end(r: Run, stack) -> dict:
     if rt.is_main:
         describe(r)
         introduce(r)
-        if c.wandb_project:
-            r.wandb = Wandb(c.wandb_project, c.wandb_run_name, c.run_dir, asdict(c))
-            stack.callback(r.wandb.close)
+        library = "wandb" if c.tracker == "off" and c.wandb_project else c.tracker
+        if library != "off":
+            r.tracker = Tracker(library, c.wandb_project or "gpt", c.wandb_run_name, c.run_dir, asdict(c))
+            stack.callback(r.tracker.close)
     try:
         finish_step(r)  # the first validation; or what a restart found undone
         train_steps(r)

@@ -1,6 +1,7 @@
 """How fast a training step is, beside others' and beside the machine: python benchmarks/bench_train.py --batch_size 4
 
   ours          train.train_step with the model and the optimizer that train.py makes
+  muon          the same with --optimizer muon
   transformers  its GPT-2 of the same shape: next-token loss, fused AdamW on the same parameter groups
   nanogpt       GPT and configure_optimizers of the checkout that --nanogpt names
 
@@ -37,18 +38,18 @@ from data_processing_fineweb import Batch
 from errors import Parser, UserError, run
 from model import GPT
 
-CONTESTANTS = ("ours", "transformers", "nanogpt")
+CONTESTANTS = ("ours", "muon", "transformers", "nanogpt")
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}
-VOCAB = {False: 50257, True: 500}  # ids a token can have, by --tiny
+VOCAB = {"gpt2-124m": 50257, "demo": 2048, "tiny": 500}  # ids a token can have
 PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # side of the large matrices
 
 # ---------------------------------------------------------------------------------------
 # Contestants: each a function that does one step.
 
 
-def our_step(config, rt, x, y, vocab, compiled):
+def our_step(config, rt, x, y, vocab, compiled, optimizer="adamw"):
     """One batch again and again through train.train_step."""
-    config = replace(config, compile="on" if compiled else "off")
+    config = replace(config, compile="on" if compiled else "off", optimizer=optimizer)
     r = train.Run(config, rt, None, None, None, None, *train.build(config, rt, vocab))
     batch = Batch(0, 0, x[None], y[None], y.numel(), 0)
     return lambda: train.train_step(r, batch)
@@ -106,7 +107,8 @@ def nanogpt_step(directory, config, rt, x, y, vocab, compiled):
 
 def makers(args) -> dict:
     """By name, the function that makes a step; the reference, ours as train.py would run it, is named "ours"."""
-    chosen = {"ours": our_step, "transformers": transformers_step}
+    muon = functools.partial(our_step, optimizer="muon")
+    chosen = {"ours": our_step, "muon": muon, "transformers": transformers_step}
     if args.nanogpt:
         chosen["nanogpt"] = functools.partial(nanogpt_step, args.nanogpt)
     chosen = {name: make for name, make in chosen.items() if name in args.only}
@@ -271,9 +273,9 @@ def table(contestants, products, tokens, flops_per_token, product_flops, rt) -> 
 
 def bench(batch_size, args, rt):
     """All contestants at one batch size; prints their table."""
-    T, vocab = args.block_size, VOCAB[args.tiny]
-    shape = TINY if args.tiny else {"n_layer": args.layers}
-    config = replace(train.TrainConfig(), **shape, batch_size=batch_size, block_size=T, dropout=args.dropout,
+    T, vocab = args.block_size, VOCAB["tiny" if args.tiny else args.preset]
+    shape = TINY if args.tiny else {"n_layer": args.layers} if args.layers else {}
+    config = replace(train.PRESETS[args.preset], **shape, batch_size=batch_size, block_size=T, dropout=args.dropout,
                      total_batch_tokens=batch_size * T)  # fmt: skip
     if train.problems(config):
         raise UserError("; ".join(train.problems(config)))
@@ -311,9 +313,10 @@ def list_of(kind):
 def parse_args(argv):
     parser = Parser(description="Time a training step beside others'; tables go to stdout.")
     add = parser.add_argument
-    add("--batch_size", type=list_of(int), default=[16], metavar="N,N,...", help="sequences per step (default: 16)")
-    add("--block_size", type=int, default=1024, metavar="N", help="tokens per sequence (default: 1024)")
-    add("--layers", type=int, default=12, metavar="N", help="blocks, fewer for a slow CPU (default: 12)")
+    add("--preset", choices=["gpt2-124m", "demo"], default="gpt2-124m", help="whose model (default: gpt2-124m)")
+    add("--batch_size", type=list_of(int), metavar="N,N,...", help="sequences per step (default: the preset's)")
+    add("--block_size", type=int, metavar="N", help="tokens per sequence (default: the preset's)")
+    add("--layers", type=int, metavar="N", help="blocks, fewer for a slow CPU (default: the preset's)")
     add("--dropout", type=float, default=0.0, metavar="P", help="default: 0, so that all do the same work")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", choices=["auto", *runtime.DTYPES], default="auto", help="of matrix products (default: auto)")
@@ -326,6 +329,8 @@ def parse_args(argv):
     add("--profile", action="store_true", help="also show where the time of our step goes")
     add("--tiny", action="store_true", help="a model of two small layers, to see whether everything runs")
     args = parser.parse_args(argv)
+    preset = train.PRESETS[args.preset]
+    args.batch_size, args.block_size = args.batch_size or [preset.batch_size], args.block_size or preset.block_size
     if args.tiny:
         args.batch_size, args.block_size, args.rounds = [2], 64, min(args.rounds, 3)
     if min(*args.batch_size, args.rounds, args.steps_per_round or 1, args.threads or 1) < 1:

@@ -95,14 +95,12 @@ else
     options=(-q -p no:cacheprovider)
     has pytest_timeout || options+=(-W ignore::pytest.PytestConfigWarning) # pyproject.toml's `timeout` is then unknown
     has xdist && options+=(-n 8)
-    without=""
-    has wandb || without="wandb" # two tests are about it
     if [ -n "$short" ]; then
         part tests_model 60 "$python" -m pytest "${options[@]}" tests/test_model.py -k "transformers or loss or cache"
         part tests_train 60 "$python" -m pytest "${options[@]}" tests/test_train.py -k "whole_global_batch or accumulation"
     else
         part tests_model 60 "$python" -m pytest "${options[@]}" tests/test_model.py
-        part tests_train 100 "$python" -m pytest "${options[@]}" tests/test_train.py ${without:+-k "not $without"}
+        part tests_train 100 "$python" -m pytest "${options[@]}" tests/test_train.py tests/test_muon.py
     fi
 fi
 

@@ -131,7 +131,7 @@ def test_operations_count_with_the_right_part_of_a_step(name, shapes, group):
     [
         (["--batch_size", "4,x"], "list of int"),
         (["--batch_size", "0"], "at least 1"),
-        (["--only", "ours,llama"], "its names are ours, transformers, nanogpt"),
+        (["--only", "ours,llama"], "its names are ours, muon, transformers, nanogpt"),
         (["--nanogpt", "/nowhere"], "no model.py"),
         (["--dropout", "1", "--device", "cpu"], "dropout is 1.0"),
     ],

@@ -22,7 +22,9 @@ WIDTH, DPI = 10, 120  # inches, and pixels in one
 POINTS = 2000  # of a curve at most; more than there are pixels
 MARKERS = 40  # on a curve at most
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
+DASHES = ("-", "--", ":")  # of the first seven runs, the next seven, and so on
 GREY = "#555555"
+LEGEND = 165  # characters that fit side by side above the picture
 CIRCLE = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
 GPT2_124M, CHANCE = 29.55, 25.0  # HellaSwag, completion acc_norm, percent: see hellaswag_eval.py
 AXES = {"tokens": "tokens", "steps": "step", "seconds": "seconds"}  # --x -> column
@@ -100,14 +102,14 @@ def noisy(ax, r, x, y):
     """A curve with a value at every step: light as it is, strong as it runs."""
     x, y, mean = thin(x, y, smooth(y))
     ax.plot(x, y, color=r["color"], linewidth=0.6, alpha=0.3)
-    ax.plot(x, mean, color=r["color"], linewidth=1.4)
+    ax.plot(x, mean, color=r["color"], linestyle=r["dash"], linewidth=1.4)
 
 
-def marked(ax, r, x, y, line="-"):
-    """A curve with a value now and then: a circle at each, or at every k-th of many."""
+def marked(ax, r, x, y, line=None):
+    """A curve with a value now and then: a circle at each, or at every k-th of many; `line` "none": no curve."""
     x, y = thin(x, y)
     every = max(1, len(x) // MARKERS)
-    ax.plot(x, y, color=r["color"], linestyle=line, linewidth=1.2, markevery=every, **CIRCLE)
+    ax.plot(x, y, color=r["color"], linestyle=line or r["dash"], linewidth=1.2, markevery=every, **CIRCLE)
 
 
 def frame(ax):
@@ -165,7 +167,7 @@ def lr_panel(ax, runs, x):
     ax.set_ylabel("learning rate")
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     for r in runs:
-        ax.plot(*thin(r["train"][x], r["train"]["lr"]), color=r["color"], linewidth=1.4)
+        ax.plot(*thin(r["train"][x], r["train"]["lr"]), color=r["color"], linestyle=r["dash"], linewidth=1.4)
     ax.set_ylim(bottom=0)
 
 
@@ -197,7 +199,7 @@ def draw(runs, x) -> Figure:
     below = len(panels) - 1
     columns = 3 if below == 3 else min(below, 2) or 1
     rows = 1 + -(-below // columns)
-    fig = Figure(figsize=(WIDTH, 1.2 + 2.7 * rows), dpi=DPI, facecolor="white", layout="constrained")
+    fig = Figure(figsize=(WIDTH, 1.2 + 2.7 * rows + 0.1 * len(runs)), dpi=DPI, facecolor="white", layout="constrained")
     grid = fig.add_gridspec(rows, columns, height_ratios=[1.4] + [1] * (rows - 1))
     end, label = measure(runs, x)
     for i, panel in enumerate(panels):
@@ -210,7 +212,7 @@ def draw(runs, x) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
     fig.align_ylabels()
     fig.supxlabel(label, fontsize="medium")
-    legend(fig.axes[0], runs)
+    legend(fig, runs)
     return fig
 
 
@@ -227,13 +229,16 @@ def measure(runs, x) -> tuple[float, str]:
     return end / units[unit], f"training time ({unit})"
 
 
-def legend(ax, runs):
-    """One entry per run, then what light, strong and a circle mean."""
+def legend(fig, runs):
+    """Above the panels, where it covers no curve: an entry per run, then what light, strong and a circle mean."""
     names = [r["name"].replace("$", r"\$") for r in runs]  # a bare dollar would begin a formula
-    entries = [Line2D([], [], color=r["color"], linewidth=2, label=f" {name}") for r, name in zip(runs, names)]
-    entries.append(Line2D([], [], color=GREY, linewidth=1.4, label=" training: each step light, running mean strong"))
-    entries.append(Line2D([], [], color=GREY, linestyle="none", label=" validation", **CIRCLE))
-    ax.legend(handles=entries, fontsize=9, frameon=False, loc="upper right")
+    entries = [
+        Line2D([], [], color=r["color"], linestyle=r["dash"], linewidth=2, label=name) for r, name in zip(runs, names)
+    ]
+    entries.append(Line2D([], [], color=GREY, linewidth=1.4, label="training: each step light, running mean strong"))
+    entries.append(Line2D([], [], color=GREY, linestyle="none", label="validation", **CIRCLE))
+    columns = max(1, min(len(entries), LEGEND // max(len(entry.get_label()) + 8 for entry in entries)))
+    fig.legend(handles=entries, fontsize=9, frameon=False, loc="outside upper center", ncols=columns, columnspacing=1.2)
 
 
 def find_metrics(path) -> tuple[str, Path]:
@@ -254,8 +259,8 @@ def plot(runs, output, x="tokens") -> Path:
     names, files = zip(*map(find_metrics, runs))
     if len(set(names)) < len(names):
         names = [str(path) for path in runs]
-    colors = itertools.cycle(COLORS)
-    drawn = [{"name": n, "color": c, **read_metrics(path)} for n, c, path in zip(names, colors, files)]
+    styles = itertools.cycle(itertools.product(DASHES, COLORS))
+    drawn = [{"name": n, "color": c, "dash": d, **read_metrics(path)} for n, (d, c), path in zip(names, styles, files)]
     picture = io.BytesIO()
     draw(drawn, x).savefig(picture, format="png")
     try:

@@ -55,7 +55,7 @@ def check_png(path):
 
 def panels(folder, x="tokens"):
     """The vertical labels of what would be drawn."""
-    rows = {"name": "run", "color": "black", **plot_run.read_metrics(folder / "metrics.jsonl")}
+    rows = {"name": "run", "color": "black", "dash": "-", **plot_run.read_metrics(folder / "metrics.jsonl")}
     return [ax.get_ylabel().split(" (")[0] for ax in plot_run.draw([rows], x).axes]
 
 
@@ -92,6 +92,29 @@ def test_several_runs(tmp_path):
     runs.append(make_run(tmp_path / "_$x^$", make_rows(5, ("train",))))
     runs.append(make_run(tmp_path / "sweep", make_rows(5, ("val",))) / "metrics.jsonl")
     check_png(plot_run.plot(runs, tmp_path / "out.png", "seconds"))
+
+
+@pytest.mark.parametrize(
+    "x, count, name",
+    [("tokens", 1, "one"), ("steps", 3, "short"), ("seconds", 10, "edu-10m-with-a-long-name-that-tells-all-of-it")],
+)
+def test_runs_are_told_apart_and_the_legend_covers_none(tmp_path, monkeypatch, x, count, name):
+    """Guards a legend that lay over the curves of ten runs, and an eighth run that looked like the first."""
+    runs = [make_run(tmp_path / f"{name}{i}", make_rows(10 + i)) for i in range(count)]
+    drawn, real = [], plot_run.draw
+    monkeypatch.setattr(plot_run, "draw", lambda *a: (drawn.append(real(*a)), drawn[-1])[1])
+    plot_run.plot(runs, tmp_path / "out.png", x)
+    fig = drawn[0]
+    [legend] = fig.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names[:count] == [run.name for run in runs] and names[count + 1] == "validation"
+    styles = {(line.get_color(), line.get_linestyle()) for line in legend.get_lines()[:count]}
+    assert len(styles) == count
+    for ax in fig.axes:
+        assert styles <= {(line.get_color(), line.get_linestyle()) for line in ax.lines}
+        assert not ax.get_window_extent().overlaps(legend.get_window_extent())
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= fig.bbox.width
 
 
 @pytest.mark.parametrize("steps", [0, 1])
@@ -145,7 +168,7 @@ def test_the_beginning_does_not_flatten_the_rest(tmp_path):
     """Guards the limits: a fall from 11 to 3 in the first steps, then all that matters within 0.2."""
     rows = make_rows(400)
     folder = make_run(tmp_path / "run", rows)
-    r = {"name": "run", "color": "black", **plot_run.read_metrics(folder / "metrics.jsonl")}
+    r = {"name": "run", "color": "black", "dash": "-", **plot_run.read_metrics(folder / "metrics.jsonl")}
     loss, perplexity = plot_run.draw([r], "steps").axes[:2]
     assert 2.9 < loss.get_ylim()[0] < 3 < loss.get_ylim()[1] < 4
     assert 15 < perplexity.get_ylim()[0] < math.exp(3) < perplexity.get_ylim()[1] < 50

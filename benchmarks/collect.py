@@ -1,6 +1,7 @@
 """Keeps what a finished run showed: python benchmarks/collect.py checkpoints/RUN benchmarks/results/RUN
 
-Copies run.json and curves.png, and metrics.jsonl with every tenth training row (all others whole).
+Copies run.json, thins metrics.jsonl to every tenth training row (all others whole), draws curves.png from the whole of
+it, and writes samples.md (see write_samples.py) from the newest checkpoint.
 """
 
 import json
@@ -8,21 +9,33 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from write_samples import write_samples
+
+from errors import Parser, run
+from plot_run import plot
+from tracking import read_rows
+
 EVERY = 10
 
 
-def main(run, destination):
-    run, destination = Path(run), Path(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    for name in ("run.json", "curves.png"):
-        shutil.copyfile(run / name, destination / name)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run's directory")
+    parser.add_argument("destination", type=Path, help="the folder for what is kept")
+    args = parser.parse_args(argv)
+    args.destination.mkdir(parents=True, exist_ok=True)
+    plot([args.run], args.destination / "curves.png")
+    shutil.copyfile(args.run / "run.json", args.destination / "run.json")
+    rows = list(read_rows(args.run / "metrics.jsonl"))
     last = max(row["step"] for row in rows)
     kept = [row for row in rows if row["kind"] != "train" or row["step"] % EVERY == 0 or row["step"] in (1, last)]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    (destination / "metrics.jsonl").write_text(text, encoding="utf-8")
-    print(f"{destination}: {len(kept)} of {len(rows)} rows")
+    (args.destination / "metrics.jsonl").write_text(text, encoding="utf-8")
+    write_samples(args.run, args.destination / "samples.md")
+    print(f"{args.destination}: {len(kept)} of {len(rows)} rows, the run's configuration, its curves and its samples")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run(main))

@@ -1,0 +1,92 @@
+"""What a model says, uncut: a fixed set of prompts under each sampling preset, as one markdown file.
+
+    python benchmarks/write_samples.py [--checkpoint DIR] [--output samples.md] [--seed 0] [--max_new_tokens 100]
+
+Notable: one sample for each prompt and preset, the first one drawn; nothing is chosen, shortened or mended. The
+prompts are the same for every run, so that two files can be laid side by side, and the head of the file names the
+checkpoint, the seed and the command that writes it again.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from checkpoint import find_checkpoint, load_model, step_of
+from errors import Parser, UserError, run
+from files import write_whole
+from inference import PRESETS, Sample, grow
+from runtime import autocast, pick
+
+PROMPTS = (  # an encyclopedia, a textbook, a recipe of steps, a story, code, and nothing at all
+    "The water cycle begins when",
+    "In mathematics, a prime number is",
+    "To learn a new language, you should first",
+    "Once upon a time, in a small village,",
+    "def factorial(n):",
+    "",
+)
+
+
+def fenced(text) -> str:
+    """The text as a block of code: behind a fence longer than any in it, so that it shows as it is."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def samples(model, tokenizer, seed, max_new_tokens):
+    """Yields the sections: each prompt, and under it its continuation by each preset, with how it ended."""
+    for prompt in PROMPTS:
+        title = f"`{prompt}`" if prompt else "No prompt: the model begins a document"
+        yield f"## {title}\n"
+        for name, sampling in PRESETS.items():
+            sample = Sample(tokenizer)
+            for _ in grow([sample], model, tokenizer.encode(prompt), sampling, max_new_tokens, seed):
+                pass
+            ended = {"length": "cut by the limit", "end_of_text": "ended by the model"}[sample.finish_reason]
+            yield f"**{name}** ({sampling}; {sample.tokens} tokens, {ended})\n"
+            yield fenced(prompt + sample.text)
+
+
+def head(path, seed, max_new_tokens, device, dtype) -> str:
+    """What a reader needs to write the same file again."""
+    command = f"python benchmarks/write_samples.py --checkpoint checkpoints/{path.parent.name}/{path.name}"
+    where = f"Seed {seed}, {device}, {dtype}, torch {torch.__version__}"
+    return (
+        f"# Samples of {path.parent.name}, step {step_of(path):,}\n\n"
+        f"One for each prompt and preset, none chosen, none shortened: the prompt and at most {max_new_tokens} tokens. "
+        f"{where}; another device or version rounds otherwise, and one other token changes all that follow it.\n\n"
+        f"```sh\n{command} --seed {seed} --max_new_tokens {max_new_tokens} --output samples.md\n```\n"
+    )
+
+
+def write_samples(checkpoint, output, seed=0, max_new_tokens=100, device="auto") -> Path:
+    """Writes the samples of a run's newest checkpoint, or of the one named, to `output`; returns its path."""
+    if max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1")
+    device, dtype = pick(device, "auto")
+    path = find_checkpoint(checkpoint).resolve()
+    model, tokenizer = load_model(path, device)
+    with torch.inference_mode(), autocast(device, dtype):
+        parts = [head(path, seed, max_new_tokens, device, dtype), *samples(model, tokenizer, seed, max_new_tokens)]
+    write_whole(output, "\n".join(parts).encode(errors="replace"))
+    return Path(output)
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
+    add("--output", default="samples.md", metavar="FILE", help="the markdown (default: samples.md)")
+    add("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
+    add("--max_new_tokens", type=int, default=100, metavar="N", help="per sample, at most (default: 100)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    print(write_samples(**vars(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

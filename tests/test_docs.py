@@ -1,0 +1,219 @@
+"""The reading road names, links and quotes only what is there, and its figures show what the code does."""
+
+import ast
+import json
+import math
+import re
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from model import GPT, GPTConfig
+from toy import ROOT, spread
+from train import TrainConfig
+
+DOCS = ROOT / "docs"
+CHAPTERS = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+FACTS = {path.stem: json.loads(path.read_text()) for path in (DOCS / "figures").glob("*.json")}
+every_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
+
+
+def names_in(path) -> set[str]:
+    """What a Python file defines: functions, classes, constants, and Class.method and Class.field."""
+    names = set()
+
+    def visit(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    visit(ast.parse(path.read_text(encoding="utf-8")).body, "")
+    return names
+
+
+def source_lines(text) -> list[str]:
+    return [line.strip() for line in text.splitlines()]
+
+
+def blocks(text, language):
+    """(what stands before it, the block) for each fenced block of a language."""
+    for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.M | re.S):
+        yield text[: match.start()], match[1]
+
+
+def test_at_most_four_chapters_and_short_ones():
+    assert 1 <= len(CHAPTERS) <= 4
+    assert all(60 <= len(text.splitlines()) <= 120 for text in CHAPTERS.values())
+
+
+@every_chapter
+def test_every_name_it_links_is_defined_in_that_file(chapter):
+    """A function, class, constant or test that was renamed, moved or removed."""
+    links = re.findall(r"\[`([^`]+)`\]\(([^)#]+\.py)\)", CHAPTERS[chapter])
+    assert len(links) >= 8
+    for name, target in links:
+        path = (DOCS / target).resolve()
+        assert path.is_file(), target
+        assert name in names_in(path), f"{name} in {target}"
+
+
+@every_chapter
+def test_every_link_and_picture_leads_somewhere(chapter):
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", CHAPTERS[chapter]) if "://" not in link]
+    assert links and all((DOCS / link).exists() for link in links), links
+
+
+@every_chapter
+def test_quoted_code_is_in_the_source_line_by_line(chapter):
+    """A quotation that the code has left behind: the lines of each block stand together in a file linked before it."""
+    found = list(blocks(CHAPTERS[chapter], "python"))
+    assert found
+    for before, block in found:
+        quoted = source_lines(block)
+        files = {(DOCS / link).resolve() for link in re.findall(r"\]\(([^)#]+\.py)\)", before)}
+        sources = [source_lines(path.read_text(encoding="utf-8")) for path in files]
+        starts = ((lines, i) for lines in sources for i in range(len(lines)))
+        assert any(lines[i : i + len(quoted)] == quoted for lines, i in starts), block
+
+
+def flags_of(script) -> set[str]:
+    if script.name == "train.py":
+        return set(TrainConfig.__dataclass_fields__)
+    return set(re.findall(r'"--(\w+)"', script.read_text(encoding="utf-8")))
+
+
+@every_chapter
+def test_every_flag_exists(chapter):
+    """A command that a reader copies and that ends with exit code 2."""
+    text = CHAPTERS[chapter]
+    scripts = [*ROOT.glob("*.py"), *DOCS.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    anywhere = set().union(*map(flags_of, scripts))
+    assert set(re.findall(r"`--(\w+)`", text)) <= anywhere
+    for _, block in blocks(text, "sh"):
+        for script, rest in re.findall(r"^python ([\w/.]+\.py)([^\n#]*)", block.replace("\\\n", ""), re.M):
+            assert set(re.findall(r"--(\w+)", rest)) <= flags_of(ROOT / script), rest
+
+
+@every_chapter
+def test_formulas_survive_markdown(chapter):
+    """GitHub takes the backslash from escaped punctuation before it sets a formula; each $ needs a partner."""
+    text = re.sub(r"```.*?```", "", CHAPTERS[chapter], flags=re.S)
+    formulas = re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text, re.S)
+    assert formulas
+    for display, inline in formulas:
+        assert not re.search(r"\\[^a-zA-Z]", display + inline), display + inline
+    assert text.count("$") % 2 == 0
+
+
+def test_figures_are_small_and_all_are_shown():
+    shown = set(re.findall(r"!\[[^\]]{20,}\]\((figures/\w+\.png)\)", "".join(CHAPTERS.values())))
+    there = {f"figures/{path.name}" for path in (DOCS / "figures").glob("*.png")}
+    assert shown == there and len(there) >= 7
+    for name in there:
+        body = (DOCS / name).read_bytes()
+        width, _ = struct.unpack(">II", body[16:24])
+        assert width >= 800 and len(body) <= 120_000, name
+
+
+def test_the_text_quotes_what_was_measured():
+    """Figures drawn again from another checkpoint, under a text that still tells of the old one."""
+    first, last = (text for name, text in CHAPTERS.items() if name[0] in "14")
+    decay, attention, loss = FACTS["decay"], FACTS["attention"], FACTS["loss"]
+    said = [f"{decay[f'equal_at_{d}']:.2f} at {'distance ' * (d == 1)}{d:,}" for d in (1, 10, 100, 1000)]
+    said += [f"at most {decay['largest_change_when_both_move_5000']:g}"]
+    said += [f"{decay['trained_heads_that_prefer_near']} of its {decay['heads']} heads"]
+    for head in (attention["nearest"], attention["farthest"]):
+        said += [f"layer {head['layer']}, head {head['head']}"]
+    said += [f"{attention['nearest']['weight_on_the_token_before']:.2f} of its weight"]
+    for row in FACTS["context"]["rows"]:
+        said += [f"{row['perplexity']:.1f}"]
+    flat = " ".join(first.split())
+    assert [words for words in said if words not in flat] == []
+    assert f"= {loss['uniform']:.2f}" in last and f"begins at {loss['first']:.2f}" in last
+    assert f"The bend at {loss['frequencies']:.2f}" in last
+
+
+# ---------------------------------------------------------------------------------------
+# The figures.
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import figures
+
+    return figures
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    shape = {"block_size": 16, "vocab_size": 512, "valid_vocab_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return spread(GPT(GPTConfig(**shape, dropout=0.0)))
+
+
+def test_attention_shown_is_that_of_the_model(figures, model):
+    """The weights, applied to v, must give what each Attention really put out."""
+    got, made = [], []
+    for block in model.h:
+        block.attn.register_forward_hook(lambda module, args, y: got.append((module, args[0], y)))
+    _, weights = figures.attention(model, torch.randint(512, (3, 16)))
+    for (module, h, y), w in zip(got, weights, strict=True):
+        v = module.c_attn(h).unflatten(-1, (3, 2, 8)).unbind(2)[2]
+        made.append(module.c_proj(torch.einsum("bhqk,bkhd->bqhd", w, v).flatten(2)))
+        torch.testing.assert_close(made[-1], y)
+    assert torch.allclose(weights.sum(-1), torch.ones(())) and weights.triu(1).max() == 0
+
+
+def test_means_by_distance(figures):
+    """A matrix that holds the distance itself has the distance as its mean."""
+    T = 8
+    distance = (torch.arange(T)[:, None] - torch.arange(T)).float().expand(2, 3, 1, T, T)
+    assert figures.by_distance_of(distance).tolist() == [[[0, 1, 2, 3]], [[0, 1, 2, 3]]]
+
+
+def test_a_stretched_model_is_the_same_model_with_a_longer_table(figures, model):
+    ids = torch.randint(512, (1, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(figures.stretched(model, 64)(ids), model(ids))
+        assert not torch.allclose(figures.stretched(model, 64, 0.25)(ids), model(ids), atol=1e-2)
+    quarter = figures.stretched(model, 64, 0.25)
+    torch.testing.assert_close(quarter.cos[::4], model.cos)  # position 4p counts as p
+    torch.testing.assert_close(quarter.sin[::4], model.sin)
+
+
+def test_losses_in_pieces_are_those_of_the_model(figures, model):
+    """The same targets for every context: only what may be looked at changes."""
+    x, y = torch.randint(512, (2, 3, 16)).unbind()
+    whole = figures.token_losses(model, x, y, 16)
+    half = figures.token_losses(model, x, y, 8)
+    with torch.no_grad():
+        assert whole.sum() == pytest.approx(float(model(x, y)), rel=1e-5)
+        assert half[1, 8:].sum() == pytest.approx(float(model(x[1:2, 8:], y[1:2, 8:])), rel=1e-5)
+    assert (abs(whole[:, :8] - half[:, :8]) < 1e-4).all() and (abs(whole[:, 8:] - half[:, 8:]) > 1e-3).any()
+
+
+def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, corpus, byte_tokenizer, monkeypatch):
+    monkeypatch.setattr(figures, "WINDOWS", 2)
+    monkeypatch.setattr(figures, "canvas", lambda height: figures.Figure((8, height), dpi=50, layout="constrained"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    tensors = checkpoint.snapshot(model, optimizer)
+    model = GPT(GPTConfig(**vars(model.config) | {"block_size": 64}))
+    checkpoint.save(tmp_path / "run", 1, model.config, tensors, {"step": 1}, byte_tokenizer)
+    out = tmp_path / "out"
+    data = str(Path(corpus).with_name("data_val"))
+    flags = ["--checkpoint", str(tmp_path / "run"), "--val_data_dir", data, "--out_dir", str(out)]
+    figures.main(flags)
+    measured = {"decay.json", "attention.json", "context.json", "loss.json"}
+    assert {p.name for p in out.iterdir()} == {f"{name}.png" for name in figures.FIGURES} | measured
+    rows = json.loads((out / "context.json").read_text())["rows"]
+    assert [r["context"] for r in rows if not r["interpolated"]] == [8 * 2**n for n in range(7)]
+    assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"]), rel=1e-2) for r in rows)
+    assert all(str(tmp_path) not in p.read_text() for p in out.glob("*.json"))

@@ -39,6 +39,7 @@ BLUE, ORANGE, GREEN, PINK = COLORS[:4]
 METRICS = HERE.parent / "benchmarks" / "results" / "edu-10m" / "metrics.jsonl"
 SENTENCE = "The water in the river is cold, and the water in the lake is warm, but the water in the sea is"
 ROWS = 512  # of logits alive at once
+VECTORS = 500  # of random content
 WINDOWS = 20  # of validation text, for each measurement
 PALETTE = 256  # colours of a picture: a third of the bytes, and hardly a difference to see
 BINS = 32  # of positions
@@ -114,9 +115,9 @@ def draw_decay(args):
     """q·k by distance: of equal content, where only the rotation speaks; and in the heads of a trained model."""
     config, distances = GPTConfig(), torch.arange(1024)
     D = config.n_embd // config.n_head
-    x = torch.randn(500, D, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(VECTORS, D, generator=torch.Generator().manual_seed(0))
     x /= x.norm(dim=-1, keepdim=True)
-    k = turned(x, distances, config.rope_theta)  # (T, 500, D): q = x stays at position 0
+    k = turned(x, distances, config.rope_theta)  # (T, VECTORS, D): q = x stays at position 0
     equal = torch.einsum("nd,tnd->tn", x, k).numpy()
     other = torch.einsum("nd,tnd->tn", x.roll(1, 0), k).numpy()
     fig = canvas(3.6)
@@ -199,7 +200,7 @@ def draw_attention(args):
     farthest = np.unravel_index(far.argmax(), far.shape)
     ids = tokenizer.encode(SENTENCE)
     words = [tokenizer.decode([i]).strip() for i in ids]
-    weights = attention(model, torch.tensor([ids]))[1][:, 0]  # (L, H, T, T)
+    weights = attention(model, torch.tensor([ids]))[1][:, 0].numpy()  # (L, H, T, T)
     fig = canvas(6.4)
     grid = fig.add_gridspec(2, 2, height_ratios=[1.55, 1])
     chosen = {"nearest": nearest, "farthest": farthest}

@@ -202,7 +202,8 @@ def test_losses_in_pieces_are_those_of_the_model(figures, model):
 
 def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, corpus, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(figures, "WINDOWS", 2)
-    monkeypatch.setattr(figures, "canvas", lambda height: figures.Figure((8, height), dpi=50, layout="constrained"))
+    monkeypatch.setattr(figures, "VECTORS", 10)
+    monkeypatch.setattr(figures, "canvas", lambda height: figures.Figure((8, height), dpi=40))  # small, for speed
     optimizer = torch.optim.AdamW(model.parameters())
     tensors = checkpoint.snapshot(model, optimizer)
     model = GPT(GPTConfig(**vars(model.config) | {"block_size": 64}))

@@ -1,7 +1,7 @@
 """The figures of the reading road, each drawn by the code that it is about.
 
     python docs/figures.py --checkpoint checkpoints/edu-10m --val_data_dir edu_corpus_val
-    python docs/figures.py --only rope schedule order loss        # those that need no checkpoint
+    python docs/figures.py --only rope schedule order        # those that need neither
 
 Notable: no curve here is an illustration. The rotation is `model.rotate`, the schedule `train.lr_at`, the order
 `FineWebDataLoader`, the attention that of a trained checkpoint. What is measured stands in NAME.json beside
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checkpoint import find_checkpoint, load_model
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset
-from errors import Parser, run
+from errors import Parser, UserError, run
 from files import write_json, write_whole
 from model import GPT, GPTConfig, rope_angles, rotate
 from plot_run import CIRCLE, COLORS, GREY, marked, noisy, number, read_metrics
@@ -49,9 +49,9 @@ LONGEST = 8  # contexts are measured up to so many times the trained one
 # Paper.
 
 
-def canvas(height, **kwargs) -> Figure:
+def canvas(height) -> Figure:
     """Eight inches wide; on a white ground, so that it reads on a dark page as well."""
-    return Figure(figsize=(8, height), dpi=150, facecolor="white", layout="constrained", **kwargs)
+    return Figure(figsize=(8, height), dpi=150, facecolor="white", layout="constrained")
 
 
 def tidy(ax, x=None, y=None, title=None):
@@ -71,7 +71,7 @@ def powers_of_two(ax, values):
 
 
 # ---------------------------------------------------------------------------------------
-# RoPE, without a checkpoint.
+# RoPE.
 
 
 def turned(x, positions, theta):
@@ -375,11 +375,10 @@ def draw_loss(args):
     V = GPTConfig().valid_vocab_size
     guesses = {f"every token alike: ln {V:,} = {math.log(V):.2f}": math.log(V)}
     facts = {"run": args.metrics.parent.name, "uniform": round(math.log(V), 3)}
-    if args.val_data_dir:
-        data = FineWebDataset(args.val_data_dir, 256, "val")
-        share = np.bincount(data.tokens(0, data.n_tokens)) / data.n_tokens
-        entropy = float(-(share[share > 0] * np.log(share[share > 0])).sum())
-        guesses[f"frequencies alone: {entropy:.2f}"] = facts["frequencies"] = round(entropy, 3)
+    data = FineWebDataset(args.val_data_dir, 1, "val")
+    share = np.bincount(data.tokens(0, data.n_tokens)) / data.n_tokens
+    entropy = float(-(share[share > 0] * np.log(share[share > 0])).sum())
+    guesses[f"frequencies alone: {entropy:.2f}"] = facts["frequencies"] = round(entropy, 3)
     fig = canvas(3.6)
     ax = fig.subplots()
     tidy(ax, "training tokens", "loss (nats per token)")
@@ -427,6 +426,8 @@ def main(argv=None):
     add("--only", nargs="+", choices=FIGURES, default=[*FIGURES], metavar="NAME", help=f"of {', '.join(FIGURES)}")
     add("--out_dir", type=Path, default=HERE / "figures", metavar="DIR", help="where they go (default: docs/figures)")
     args = parser.parse_args(argv)
+    if args.val_data_dir is None and {"decay", "attention", "context", "loss"} & {*args.only}:
+        raise UserError("--val_data_dir is missing; decay, attention, context and loss are measured on its shards")
     if {"decay", "attention", "context"} & {*args.only}:
         path = find_checkpoint(args.checkpoint).resolve()
         args.name = f"{path.parent.name}/{path.name}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import checkpoint
+from errors import run
 from model import GPT, GPTConfig
 from toy import ROOT, spread
 from train import TrainConfig
@@ -198,6 +199,11 @@ def test_losses_in_pieces_are_those_of_the_model(figures, model):
         assert whole.sum() == pytest.approx(float(model(x, y)), rel=1e-5)
         assert half[1, 8:].sum() == pytest.approx(float(model(x[1:2, 8:], y[1:2, 8:])), rel=1e-5)
     assert (abs(whole[:, :8] - half[:, :8]) < 1e-4).all() and (abs(whole[:, 8:] - half[:, 8:]) > 1e-3).any()
+
+
+def test_missing_data_is_one_line(figures, capsys):
+    assert run(lambda: figures.main(["--only", "context"])) == 2
+    assert "--val_data_dir is missing" in capsys.readouterr().err
 
 
 def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, corpus, byte_tokenizer, monkeypatch):

@@ -13,7 +13,6 @@ is not a string is an error. One split ends and the next begins at a document bo
 import ast
 import glob
 import gzip
-import itertools
 import json
 import multiprocessing
 import os
@@ -274,11 +273,14 @@ def encode(tokenizer, texts):
 
     Arrays, because they travel between processes as plain bytes; OverflowError for an id that does not fit."""
     cleaned = [clean(text) for text in texts]
-    encoded = tokenizer.encode_batch([text for text, _ in cleaned])
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    marked = itertools.chain.from_iterable(itertools.chain((tokenizer.eot_token,), ids) for ids in encoded)
+    encoded = tokenizer.encode_arrays([text for text, _ in cleaned])
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    marker = np.array([tokenizer.eot_token], np.uint32)
+    ids = np.concatenate([marker[:0], *(part for ids in encoded for part in (marker, ids))])
+    if ids.max(initial=0) > np.iinfo(dtype).max:
+        raise OverflowError(f"token id {ids.max()} does not fit into {dtype}")
     sizes = [(len(ids) + 1, len(text.encode()), n) for ids, (text, n) in zip(encoded, cleaned)]
-    return np.fromiter(marked, dtype), np.array(sizes, np.int64).reshape(-1, 3)
+    return ids.astype(dtype), np.array(sizes, np.int64).reshape(-1, 3)
 
 
 worker_tokenizer = None  # one per worker process; a pool offers no other place for what its initializer made

@@ -3,14 +3,20 @@
 GPT-2's byte-level BPE by default, or any tokenizer.json. Text is only text: a literal
 "<|endoftext|>" inside a document is split like any other characters and never becomes the
 marker that separates documents.
+
+Notable: two ways to the same ids. `tokenizers` reads every tokenizer.json, and what it gives is the
+definition; for a vocabulary of GPT-2's kind tiktoken gives the same ids about eight times as fast.
+`tiktoken_of` says when the two are equal, and why.
 """
 
 import hashlib
 import json
 import os
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from errors import UserError
@@ -18,6 +24,10 @@ from errors import UserError
 FILE = "tokenizer.json"
 GPT2_FILES = ("vocab.json", "merges.txt")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # the first one present
+
+# GPT-2's words. All but the lookahead is in one group, which the regex engine runs as one automaton: 1.7 times as fast
+# as tiktoken's own form of the same pattern.
+WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
 
 
 class TextTokenizer:
@@ -47,6 +57,25 @@ class TextTokenizer:
         texts = [replace_surrogates(text) for text in texts]
         with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
             return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora, fast and small in memory."""
+        if self.fast is None:
+            return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
+        return [self.encode_fast(text) for text in texts]
+
+    @cached_property
+    def fast(self):
+        """`tiktoken_of` this tokenizer, made when it is first asked for: it takes a quarter of a second."""
+        return tiktoken_of(self.backend)
+
+    def encode_fast(self, text: str) -> np.ndarray:
+        encoding, ids = self.fast
+        with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
+            try:
+                return ids[encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())]
+            except ValueError:  # a million spaces in a row overflow the stack of its regex engine
+                return np.array(self.encode(text), np.uint32)
 
     def decode(self, ids) -> str:
         """The text of the ids, markers included; bytes that are not UTF-8 become U+FFFD."""
@@ -95,6 +124,61 @@ def replace_surrogates(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def tiktoken_of(backend: Tokenizer):
+    """(tiktoken's encoder, id of each of its ranks as an array), or None where it could give other ids than `backend`.
+
+    They differ in one rule: `tokenizers` merges the listed pairs of neighbours, in the order of the list; tiktoken
+    merges any two neighbours whose bytes together are a token, the earliest token first. The ids are the same if
+      1. words are split in GPT-2's way, and merges alone decide what becomes of a word (`is_gpt2_like`),
+      2. each merge joins bytes or results of earlier merges, and no two give the same token,
+      3. each token is what its own text is encoded to.
+    For consider a stretch of a word whose two ends no merge has crossed. Nothing outside it mattered, so it is in the
+    state it would be in if it were the whole text. Let it be the bytes of a token t. By 3 it becomes t when t's turn
+    comes, unless something has crossed its ends; and by 2 it is then in the two parts of t's listed merge. So two
+    neighbours that form t in another way never stand there, neither then nor later.
+    """
+    import tiktoken
+
+    contents = json.loads(backend.to_str())
+    if not is_gpt2_like(contents):
+        return None
+    byte, vocab, model = byte_characters(), contents["model"]["vocab"], backend.model
+    tokens = dict.fromkeys(byte)  # in the order of their ranks
+    for a, b in contents["model"]["merges"]:
+        if a not in tokens or b not in tokens or a + b in tokens:
+            return None
+        tokens[a + b] = None
+    if not tokens.keys() <= vocab.keys() or any([t.id for t in model.tokenize(t)] != [vocab[t]] for t in tokens):
+        return None
+    ranks = {bytes(byte[c] for c in token): rank for rank, token in enumerate(tokens)}
+    marker = {END_OF_TEXT[0]: len(ranks)}  # never given out; but with no marker at all tiktoken stops at each character
+    encoding = tiktoken.Encoding("of tokenizer.json", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=marker)
+    return encoding, np.array([vocab[token] for token in tokens], np.uint32)
+
+
+def is_gpt2_like(contents: dict) -> bool:
+    """Whether a tokenizer.json splits words as GPT-2 does, changes no text before, and only merges within words."""
+    words, model = contents["pre_tokenizer"] or {}, contents["model"]
+    return (
+        contents["normalizer"] is None
+        and all(token["special"] for token in contents["added_tokens"])  # the others would be found in the text
+        and words.get("type") == "ByteLevel"
+        and words["use_regex"]
+        and not words["add_prefix_space"]
+        and model["type"] == "BPE"
+        and not any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+        and not model["ignore_merges"]
+    )
+
+
+def byte_characters() -> dict[str, int]:
+    """The byte that each of the 256 characters of a byte-level vocabulary stands for: those that print for themselves,
+    in the order of the others U+0100, U+0101, ... for the rest (Radford et al. 2019)."""
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:

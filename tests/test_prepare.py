@@ -153,7 +153,8 @@ def test_what_is_made_is_what_training_opens(here, vocabulary, byte_tokenizer):
 
 
 def test_ids_that_do_not_fit_never_wrap():
-    fake = SimpleNamespace(eot_token=0, vocab_size=70_000, encode_batch=lambda texts: [[69_999] for _ in texts])
+    fake = SimpleNamespace(eot_token=0, vocab_size=70_000)
+    fake.encode_arrays = lambda texts: [np.array([69_999], np.uint32) for _ in texts]
     ids, sizes = prepare_fineweb.encode(fake, ["x", "yé"])
     assert ids.dtype == np.uint32 and ids.tolist() == [0, 69_999, 0, 69_999]
     assert sizes.tolist() == [[2, 1, 0], [2, 3, 0]]

@@ -3,16 +3,21 @@
 import hashlib
 import json
 import os
+import random
 import socket
+import subprocess
+import sys
 import unicodedata
 
+import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from errors import UserError
 from tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer
+from toy import ROOT
 
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -97,10 +102,15 @@ def pair(request):
     return tuple(request.getfixturevalue(name) for name in names)
 
 
+def same_arrays(arrays, lists):
+    return all(a.dtype == np.uint32 and a.tolist() == ids for a, ids in zip(arrays, lists, strict=True))
+
+
 def agree(pair, text):
     ours, reference = pair
     ids = ours.encode(text)
     assert ids == reference.encode_ordinary(text)
+    assert ours.fast and same_arrays(ours.encode_arrays([text]), [ids])
     assert ours.eot_token not in ids
     return ids
 
@@ -149,6 +159,7 @@ def test_ids_equal_tiktokens_on_real_documents(gpt2, gpt2_reference, test_data):
     documents, counts = (table[name].to_pylist()[::7] for name in ("text", "token_count"))
     assert len(documents) == 40
     ids = gpt2.encode_batch(documents)
+    assert same_arrays(gpt2.encode_arrays(documents), ids)
     assert ids == gpt2_reference.encode_ordinary_batch(documents, num_threads=2)
     assert [len(i) for i in ids] == counts
     assert [gpt2.decode(i) for i in ids] == documents
@@ -171,8 +182,6 @@ def test_a_batch_equals_its_texts_one_by_one(byte_tokenizer):
 
 def test_decode_takes_arrays_and_shows_markers(byte_tokenizer):
     """Guards ids as they come from a shard or a model, and markers swallowed on the way out."""
-    import numpy as np
-
     ids = [byte_tokenizer.eot_token, *byte_tokenizer.encode("né")]
     assert byte_tokenizer.decode(np.array(ids, dtype=np.uint16)) == EOT + "né"
     assert byte_tokenizer.decode([]) == ""
@@ -200,6 +209,233 @@ def test_token_bytes_of_each_id(pair):
 def test_token_bytes_are_unknown_where_the_vocabulary_is_not_bytes():
     """Guards against a bits-per-byte figure made of characters."""
     assert TextTokenizer(Tokenizer(models.WordLevel({EOT: 0, "é": 1}, unk_token="é")), "words").token_bytes() is None
+
+
+# ---------------------------------------------------------------------------------------
+# The fast way gives the ids of the slow one, or is not taken.
+
+
+@pytest.fixture(scope="session")
+def marker_first():
+    """A trained byte-level BPE as the demo's: the marker has the id 0, so that no id is a rank of tiktoken's."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["the other, then: this and that; aaaa bbbbb  \n\n   été", *HARD.values()], trainer)
+    return TextTokenizer(backend, "marker first")
+
+
+@pytest.fixture(params=["byte_tokenizer", "marker_first"], scope="session")
+def small(request):
+    return request.getfixturevalue(request.param)
+
+
+def both_ways(tokenizer, texts):
+    """What the slow way gives, after the fast one gave the same."""
+    ids = tokenizer.encode_batch(texts)
+    assert tokenizer.fast and same_arrays(tokenizer.encode_arrays(texts), ids)
+    return ids
+
+
+def around(characters):
+    """Each character within words, digits, spaces and lines, alone and in pairs."""
+    return "".join(f"a{c}b {c}1{c} {c}{c}\n{c} \n{c}'{c}s  {c}" for c in characters)
+
+
+def test_arrays_equal_lists(small):
+    """Guards ids that are ranks, a batch out of order, the empty text and the empty batch."""
+    both_ways(small, [*HARD.values(), *SURROGATES.values(), "last"])
+    assert small.encode_arrays([]) == []
+
+
+@given(text=texts)
+@settings(max_examples=50)
+def test_arrays_equal_lists_on_any_text(small, text):
+    both_ways(small, [text])
+
+
+def test_both_engines_have_the_same_letters_digits_and_spaces(small):
+    """Guards the classes of characters: two libraries, each with a Unicode table of its own. U+0085 is a space, U+001C
+    to U+001F, which Python calls spaces, are not."""
+    both_ways(small, [around(map(chr, range(n, n + 64))) for n in range(0, 0x3100, 64)])
+
+
+@pytest.mark.slow
+def test_both_engines_agree_on_every_character(byte_tokenizer):
+    """The same for all of Unicode: a new version of either library may know newer letters than the other."""
+    for n in range(0, 0x110000, 4096):
+        both_ways(byte_tokenizer, [around(chr(c) for c in range(n, n + 4096) if not 0xD800 <= c < 0xE000)])
+
+
+@pytest.mark.slow
+def test_arrays_equal_lists_on_real_text(gpt2, test_data):
+    """Guards what turns up once in ten million words."""
+    from pyarrow import parquet
+
+    path = test_data / "corpus" / "train" / "00000.parquet"
+    for part in parquet.ParquetFile(path).iter_batches(256, columns=["text", "token_count"]):
+        ids = both_ways(gpt2, part.column(0).to_pylist())
+        assert [len(i) for i in ids] == part.column(1).to_pylist()
+
+
+@pytest.mark.parametrize("text", ["a", "ab", " ", "\n", " \n", "é", "-", "\0", "  x"])
+def test_one_megabyte_without_a_border(byte_tokenizer, text):
+    """Guards against time that grows with the square of a word's length: this would take hours."""
+    whole = text * (10**6 // len(text)) + "x"
+    [ids] = byte_tokenizer.encode_arrays([whole])
+    assert np.array(byte_tokenizer.token_bytes())[ids].sum() == len(whole.encode())
+    both_ways(byte_tokenizer, [whole[-20_000:]])
+
+
+def test_long_words_of_random_letters(small):
+    """Guards the same where the merges of a word have no order."""
+    both_ways(small, ["".join(random.Random(0).choices("abcdefgh", k=300_000))])
+
+
+def test_more_spaces_than_the_fast_way_takes(byte_tokenizer):
+    """Guards the limit of tiktoken's regex engine, about a million spaces in a row: such a text goes the slow way."""
+    text = "a" + " " * 1_100_000 + "b"
+    with pytest.raises(ValueError):
+        byte_tokenizer.fast[0].encode_to_numpy(text, disallowed_special=())
+    both_ways(byte_tokenizer, [text])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_memory_of_one_large_document(byte_tokenizer, tmp_path):
+    """Guards workers against one long document, of which the slow way makes a hundred times its size."""
+    byte_tokenizer.save(tmp_path)
+    program = """
+import re, sys
+from pathlib import Path
+from tokenizer import load_tokenizer
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
+tokenizer, text = load_tokenizer(sys.argv[1]), "The quick brown fox, 12 naïve\\n\\n" * 300_000
+assert tokenizer.fast
+before = peak()
+[ids] = tokenizer.encode_arrays([text])
+assert len(ids) > 1_000_000
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 200, "megabytes, for a text of 10"
+
+
+def with_merges(merges, changes=()):
+    """A byte-level BPE of exactly these merges."""
+    tokens = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), EOT])
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, **dict(changes)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return TextTokenizer(backend, "merges")
+
+
+def test_merges_whose_tokens_do_not_come_about_are_not_left_to_tiktoken():
+    """Guards the rule in which the libraries differ: a bc has no merge here, but its bytes are those of a token."""
+    merges = [("b", "c"), ("a", "b"), ("ab", "c")]
+    tokenizer = with_merges(merges)
+    assert tokenizer.fast is None
+    assert len(tokenizer.encode("abc")) == 2
+    assert same_arrays(tokenizer.encode_arrays(["abc"]), [tokenizer.encode("abc")])
+
+
+@pytest.mark.parametrize(
+    "merges",
+    [
+        [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")],  # two ways to one token
+        [("ab", "c"), ("a", "b")],  # parts later than the whole
+    ],
+)
+def test_merges_in_no_order_of_training_are_not_left_to_tiktoken(merges):
+    assert with_merges(merges).fast is None
+
+
+@st.composite
+def some_merges(draw):
+    """Merges of a, b and c that training need not have found."""
+    merges, tokens = [], ["a", "b", "c"]
+    for _ in range(draw(st.integers(1, 8))):
+        a, b = (tokens[draw(st.integers(0, len(tokens) - 1))] for _ in range(2))
+        if a + b not in tokens:
+            merges.append((a, b))
+            tokens.append(a + b)
+    return merges
+
+
+@given(merges=some_merges(), words=st.lists(st.text("abc", min_size=1, max_size=16), min_size=20, max_size=20))
+@settings(max_examples=300)
+def test_whatever_is_left_to_tiktoken_comes_back_the_same(merges, words):
+    """Guards the argument in `tiktoken_of`: if its three conditions were too few, some merges here would show it."""
+    tokenizer = with_merges(merges)
+    assert same_arrays(tokenizer.encode_arrays(words), tokenizer.encode_batch(words))
+
+
+def test_merges_in_the_order_of_training_are_left_to_tiktoken():
+    """Guards the test above against showing nothing because the fast way is never taken."""
+    assert with_merges([("a", "b"), ("ab", "c"), ("a", "a"), ("aa", "a")]).fast
+
+
+def normalizer_is(kind):
+    def change(contents):
+        contents["normalizer"] = {"type": kind}
+
+    return change
+
+
+def split_is(**settings):
+    def change(contents):
+        contents["pre_tokenizer"] |= settings
+
+    return change
+
+
+def split_is_another(contents):
+    by_characters = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    bytes_only = contents["pre_tokenizer"] | {"use_regex": False}
+    contents["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [by_characters, bytes_only]}
+
+
+def no_split(contents):
+    contents["pre_tokenizer"] = None
+
+
+def model_has(**settings):
+    def change(contents):
+        contents["model"] |= settings
+
+    return change
+
+
+def another_token_is_found_in_text(contents):
+    contents["added_tokens"].append(contents["added_tokens"][0] | {"id": 512, "content": "quick", "special": False})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        normalizer_is("Lowercase"),
+        normalizer_is("NFC"),
+        split_is(add_prefix_space=True),
+        split_is(use_regex=False),
+        split_is_another,
+        no_split,
+        model_has(ignore_merges=True),
+        model_has(end_of_word_suffix="</w>"),
+        another_token_is_found_in_text,
+    ],
+)
+def test_tokenizers_of_another_kind_go_the_slow_way(byte_tokenizer, tmp_path, change):
+    """Guards each setting that changes ids without changing the vocabulary."""
+    tokenizer = load_tokenizer(edited(byte_tokenizer, tmp_path, change))
+    assert tokenizer.fast is None
+    texts = ["The quick e\u0301 fox", *HARD.values()]
+    assert same_arrays(tokenizer.encode_arrays(texts), tokenizer.encode_batch(texts))
+
+
+def test_merges_by_chance_go_the_slow_way(byte_tokenizer, tmp_path):
+    """Guards dropout, which tiktoken does not have."""
+    assert load_tokenizer(edited(byte_tokenizer, tmp_path, model_has(dropout=0.5))).fast is None
 
 
 # ---------------------------------------------------------------------------------------

@@ -153,7 +153,9 @@ def tiktoken_of(backend: Tokenizer):
     if not tokens.keys() <= vocab.keys() or any([t.id for t in model.tokenize(t)] != [vocab[t]] for t in tokens):
         return None
     ranks = {bytes(byte[c] for c in token): rank for rank, token in enumerate(tokens)}
-    marker = {END_OF_TEXT[0]: len(ranks)}  # never given out; but with no marker at all tiktoken stops at each character
+    marker = {
+        END_OF_TEXT[0]: len(ranks)
+    }  # never given out; without one tiktoken is half as fast
     encoding = tiktoken.Encoding("of tokenizer.json", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=marker)
     return encoding, np.array([vocab[token] for token in tokens], np.uint32)
 

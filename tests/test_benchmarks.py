@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data_processing_fineweb
-from errors import run
+from errors import UserError, run
 from runtime import Runtime
 from toy import ROOT
 
@@ -208,6 +208,78 @@ def test_saving_benchmark_shows_every_row(tmp_path, capsys):
         middle, low, high = numbers(out, f"training waits, saving in the {where}")
         assert 0 <= low <= middle <= high
     assert not list(tmp_path.iterdir())
+
+
+# --- bench_prepare.py
+
+
+@pytest.fixture
+def vocabulary(byte_tokenizer, tmp_path):
+    folder = tmp_path / "vocabulary"
+    folder.mkdir()
+    byte_tokenizer.save(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_preparation_benchmark_shows_every_row(vocabulary, tmp_path, capsys):
+    import bench_prepare
+
+    (tmp_path / "out").mkdir()
+    flags = ["--tiny", "--repeats", "1", "--times", "2", "--cores", "2", "--out", tmp_path / "out"]
+    bench_prepare.main([*map(str, flags), "--tokenizer", str(vocabulary)])
+    out = capsys.readouterr().out
+    ways = ("prepare, 1 proc", "  less its start-up, 1 proc", "prepare, 2 proc", "  less its start-up, 2 proc")
+    for label in ("tiktoken, bare loop", "tiktoken, x cores", "transformers, batches", *ways):
+        rate, low, high, million, ratio = numbers(out, label)
+        assert 0 < low <= rate <= high and million > 0 and ratio > 0
+    assert numbers(out, "tiktoken, x cores")[-1] == 1.0
+    assert numbers(out, "start-up, 1 proc")[0] > 0 and numbers(out, "start-up, 2 proc")[0] > 0
+    if sys.platform == "linux":
+        once, twice = (numbers(out, f"memory, input x {n}") for n in (1, 2))
+        assert once[0] > 20 and twice[1] == pytest.approx(2 * once[1], rel=0.1)
+    assert not list((tmp_path / "out").iterdir()), "the shards are removed"
+
+
+def test_rates_of_preparation_compare_what_one_turn_gave():
+    """Medians of each way alone would compare different moments of a machine that others use too."""
+    import bench_prepare
+
+    seconds = {bench_prepare.BARE: [10, 20, 20], bench_prepare.FAST: [20, 20, 20]}
+    seconds |= {"prepare, 2 proc": [5, 10, 20], "start-up, 2 proc": [1, 2, 4]}
+    manifest = {"text_bytes": 10_000_000, "tokens": 2_500_000, "documents": 500_000}
+    text = bench_prepare.table(seconds, manifest, 2)
+    assert numbers(text, "tiktoken, x cores") == [1, 1, 2, 0.2, 1]
+    assert numbers(text, "prepare, 2 proc") == [1, 0.5, 2, 0.2, 1]
+    assert numbers(text, "  less its start-up, 2 proc") == [1.25, 0.62, 2.5, 0.25, 1.25]
+
+
+def test_preparation_benchmark_refuses_ways_that_disagree(monkeypatch, tmp_path):
+    """A way that skips half of the text would look twice as fast."""
+    import bench_prepare
+
+    monkeypatch.setattr(bench_prepare, "in_fresh_process", lambda function, *_: (1.0, 7))
+    manifest = {"tokens": 18, "documents": 8, "text_bytes": 50}
+    monkeypatch.setattr(bench_prepare, "prepare", lambda *_: (1.0, manifest, 0))
+    args = bench_prepare.parse_args(["--tiny", "--repeats", "1"])
+    with pytest.raises(UserError, match="numbers of tokens differ"):
+        bench_prepare.measure([], tmp_path, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "name the parquet files"),
+        (["--data", "/nowhere/*.parquet"], "no such file"),
+        (["--tiny", "--repeats", "0"], "at least 1"),
+    ],
+)
+def test_a_wrong_flag_of_the_preparation_benchmark_is_one_line(flags, words, capsys):
+    import bench_prepare
+
+    assert run(lambda: bench_prepare.main(flags)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 # --- gpu.sh

@@ -1,0 +1,239 @@
+"""How fast text becomes shards, beside tokenizing alone: python benchmarks/bench_prepare.py --data 'corpus/*.parquet'
+
+  tiktoken      encode_ordinary in a loop over the documents, one thread, its own GPT-2 pattern; only the loop is timed
+  x cores       that rate times the number of cores: what a perfect use of the machine would give
+  transformers  its fast tokenizer, called with batches of documents, threads on all cores; only the calls are timed
+  prepare       prepare_fineweb.py as a person calls it, from the first import to the last manifest: reading parquet,
+                tokenizing, hashing and writing; with one process and with one per core
+  start-up      prepare_fineweb.py on a single short document: what does not grow with the input
+  memory        the most resident bytes of prepare_fineweb.py and its workers together, for the input once and for
+                the same input under many names; pages that processes share count in each
+
+All read the same text, each in a fresh process, so that nobody has seen it before; they take turns, so that a machine
+that slows down slows down all of them, and ratios are those within a turn. What is left of "prepare" without the
+start-up is the rate at sizes where a second does not count. All must give the same number of tokens.
+"""
+
+import glob
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from errors import Parser, UserError, run
+from tokenizer import load_tokenizer
+
+SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"
+BATCH = 256  # documents in a call of transformers
+BARE, TIMES_CORES, FAST = "tiktoken, bare loop", "tiktoken, x cores", "transformers, batches"
+
+
+def read_texts(files, column) -> list[str]:
+    from pyarrow import parquet
+
+    texts = [text for file in files for text in parquet.read_table(file, columns=[column])[column].to_pylist()]
+    return [text for text in texts if text and not text.isspace()]
+
+
+def time_tiktoken(files, column, folder):
+    """(seconds, tokens) of the loop."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    fast = load_tokenizer(folder).fast
+    if fast is None:
+        raise UserError(f"{folder}: a tokenizer of another kind than GPT-2's, which tiktoken cannot express")
+    ranks = {token: fast[0].encode_single_token(token) for token in fast[0].token_byte_values()}
+    encoding = tiktoken.Encoding("r50k", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    texts = read_texts(files, column)
+    began = time.perf_counter()
+    tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+    return time.perf_counter() - began, tokens
+
+
+def time_transformers(files, column, folder):
+    """(seconds, tokens) of the calls."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder, "tokenizer.json")))
+    texts, tokens = read_texts(files, column), 0
+    began = time.perf_counter()
+    for first in range(0, len(texts), BATCH):
+        batch = tokenizer(texts[first : first + BATCH], add_special_tokens=False, return_attention_mask=False)
+        tokens += sum(map(len, batch["input_ids"]))
+    return time.perf_counter() - began, tokens
+
+
+def in_fresh_process(function, *arguments):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resident(session) -> int:
+    """Bytes in memory of all processes of a session."""
+    pages = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[3]) == session:
+                pages += int((stat.parent / "statm").read_text().split()[1])
+        except (OSError, IndexError):  # it has just ended
+            continue
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def prepare(files, work, args, num_proc, watched=False):
+    """(seconds, manifest of the training split, peak bytes) of one call of prepare_fineweb.py."""
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        command = [sys.executable, str(SCRIPT), "--out_dir", f"{out}/shards"]
+        command += ["--tokenizer", str(work / "tokenizer"), "--text_column", args.text_column]
+        command += ["--num_proc", str(num_proc), "--shard_tokens", str(args.shard_tokens)]
+        command += ["--val_files", str(work / "short.txt"), "--local_files", *map(str, files)]
+        began, peak = time.perf_counter(), 0
+        with open(f"{out}/log", "w+") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            while watched and child.poll() is None:
+                peak = max(peak, resident(child.pid))
+                time.sleep(0.05)
+            code = child.wait()
+            seconds = time.perf_counter() - began
+            log.seek(0)
+            if code:
+                raise UserError(f"prepare_fineweb.py ended with exit code {code}: {log.read()[-500:]}")
+        return seconds, json.loads(Path(out, "shards", "manifest.json").read_text()), peak
+
+
+def measure(files, work, args) -> tuple[dict, dict]:
+    """Seconds by name, one for each turn; and the manifest of the text."""
+    seconds, tokens, processes = {}, {}, sorted({1, args.cores})
+    for _ in range(args.repeats):
+        for name, function in (BARE, time_tiktoken), (FAST, time_transformers):
+            took, tokens[name] = in_fresh_process(function, files, args.text_column, str(work / "tokenizer"))
+            seconds.setdefault(name, []).append(took)
+        for num_proc in processes:
+            took, manifest, _ = prepare(files, work, args, num_proc)
+            seconds.setdefault(f"prepare, {num_proc} proc", []).append(took)
+            tokens[f"prepare, {num_proc} proc"] = manifest["tokens"] - manifest["documents"]  # without the markers
+            took, *_ = prepare([work / "other.txt"], work, args, num_proc)
+            seconds.setdefault(f"start-up, {num_proc} proc", []).append(took)
+    if len(set(tokens.values())) != 1:
+        raise UserError(f"the numbers of tokens differ: {tokens}")
+    return seconds, manifest
+
+
+def rates_of(seconds, megabytes, cores) -> dict:
+    """MB/s by name of the row, one for each turn."""
+    rates = {BARE: [megabytes / s for s in seconds[BARE]]}
+    rates[TIMES_CORES] = [cores * r for r in rates[BARE]]
+    rates[FAST] = [megabytes / s for s in seconds[FAST]]
+    for name in [name for name in seconds if name.startswith("prepare")]:
+        start_up = seconds[name.replace("prepare", "start-up")]
+        rates[name] = [megabytes / s for s in seconds[name]]
+        less = name.replace("prepare", "  less its start-up")
+        rates[less] = [megabytes / max(s - least, 1e-3) for s, least in zip(seconds[name], start_up)]
+    return rates
+
+
+def table(seconds, manifest, cores) -> str:
+    megabytes, tokens = manifest["text_bytes"] / 1e6, manifest["tokens"] - manifest["documents"]
+    rates = rates_of(seconds, megabytes, cores)
+    lines = [f"{'':<34}{'MB/s':>9}{'min':>9}{'max':>9}{'Mtokens/s':>11}{'to x cores':>12}"]
+    for name, each in rates.items():
+        middle = statistics.median(each)
+        ratio = statistics.median(a / b for a, b in zip(each, rates[TIMES_CORES]))
+        million = middle * tokens / megabytes / 1e6
+        lines.append(f"{name:<34}{middle:>9.2f}{min(each):>9.2f}{max(each):>9.2f}{million:>11.3f}{ratio:>12.2f}")
+    for name in [name for name in seconds if name.startswith("start-up")]:
+        each = seconds[name]
+        lines.append(f"{name:<34}{statistics.median(each):>9.2f}{min(each):>9.2f}{max(each):>9.2f}  seconds")
+    return "\n".join(lines)
+
+
+def under_many_names(files, work, times) -> list[Path]:
+    """Links to the files, `times` to each."""
+    folder = work / f"times_{times}"
+    folder.mkdir()
+    links = [folder / f"{n:04d}_{i:04d}.parquet" for n in range(times) for i in range(len(files))]
+    for i, link in enumerate(links):
+        link.symlink_to(Path(files[i % len(files)]).resolve())
+    return links
+
+
+def show_memory(files, work, args):
+    for times in (1, args.times):
+        seconds, manifest, peak = prepare(under_many_names(files, work, times), work, args, args.cores, watched=True)
+        text = manifest["text_bytes"] / 1e6
+        print(
+            f"memory, input x {times:<4}{peak / 1e6:>12,.0f} MB for {text:,.0f} MB of text ({text / seconds:.1f} MB/s)"
+        )
+
+
+def make_text(path):
+    """2 MB of parquet for --tiny."""
+    import pyarrow
+    from pyarrow import parquet
+
+    sentence = "The {} quick brown foxes, don't they jump?\n\nNaïve dogs lie  still. "
+    texts = ["".join(sentence.format(n * k) for k in range(30)) for n in range(1000)]
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    return [str(path)]
+
+
+def parse_args(argv):
+    parser = Parser(description="Time prepare_fineweb.py beside tokenizing alone; the table goes to stdout.")
+    add = parser.add_argument
+    add("--data", nargs="+", metavar="GLOB", help="parquet files to read")
+    add("--text_column", default="text", metavar="NAME", help="default: text")
+    add("--tokenizer", default="gpt2", help="hub name, folder or tokenizer.json (default: gpt2)")
+    add("--out", metavar="DIR", help="disk for the shards (default: the temporary one)")
+    add("--cores", type=int, metavar="N", help="processes of the second row of prepare (default: all cores)")
+    add("--repeats", type=int, default=3, metavar="N", help="turns (default: 3)")
+    add(
+        "--times",
+        type=int,
+        default=10,
+        metavar="N",
+        help="names per file for memory; 0: not measured (default: 10)",
+    )
+    add("--shard_tokens", type=int, default=5_000_000, metavar="N", help="tokens per shard, which is built in memory "
+        "and would look like growth where it is larger than the input (default: 5,000,000)")  # fmt: skip
+    add("--tiny", action="store_true", help="2 MB made for the purpose, to see whether everything runs")
+    args = parser.parse_args(argv)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.cores = here if args.cores is None else args.cores
+    if min(args.cores, args.repeats, args.shard_tokens) < 1 or args.times < 0:
+        raise UserError("--cores, --repeats and --shard_tokens must be at least 1, --times at least 0")
+    if not args.data and not args.tiny:
+        raise UserError("--data: name the parquet files to read, for example --data 'corpus/*.parquet'")
+    args.files = sorted(file for pattern in args.data or () for file in glob.glob(pattern))
+    if args.data and not args.files:
+        raise UserError(f"--data {' '.join(args.data)}: no such file")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.out) as work:
+        work = Path(work)
+        (work / "tokenizer").mkdir()
+        load_tokenizer(args.tokenizer).save(work / "tokenizer")
+        for name in ("short.txt", "other.txt"):
+            (work / name).write_text(f"A document that is short: {name}.\n")
+        files = args.files or make_text(work / "tiny.parquet")
+        seconds, manifest = measure(files, work, args)
+        size = f"{manifest['text_bytes'] / 1e6:,.1f} MB of text in {manifest['documents']:,} documents"
+        print(f"{size}, {manifest['tokens']:,} tokens with their markers; cores: {args.cores}, turns: {args.repeats}")
+        print(table(seconds, manifest, args.cores))
+        if args.times and Path("/proc/self/statm").exists():
+            show_memory(files, work, args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

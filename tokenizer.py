@@ -95,6 +95,10 @@ class TextTokenizer:
 
     def fingerprint(self) -> str:
         """sha256 of vocabulary, merges and marker: equal where ids mean the same, wherever it came from."""
+        return self._fingerprint
+
+    @cached_property  # a fifth of a second for GPT-2, and asked for again and again
+    def _fingerprint(self):
         merges = json.loads(self.backend.to_str())["model"].get("merges") or []
         merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
         vocab = sorted(self.backend.get_vocab(with_added_tokens=True).items())
@@ -153,9 +157,7 @@ def tiktoken_of(backend: Tokenizer):
     if not tokens.keys() <= vocab.keys() or any([t.id for t in model.tokenize(t)] != [vocab[t]] for t in tokens):
         return None
     ranks = {bytes(byte[c] for c in token): rank for rank, token in enumerate(tokens)}
-    marker = {
-        END_OF_TEXT[0]: len(ranks)
-    }  # never given out; without one tiktoken is half as fast
+    marker = {END_OF_TEXT[0]: len(ranks)}  # never given out; without one tiktoken is half as fast
     encoding = tiktoken.Encoding("of tokenizer.json", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=marker)
     return encoding, np.array([vocab[token] for token in tokens], np.uint32)
 

@@ -11,13 +11,16 @@
 
 All read the same text, each in a fresh process, so that nobody has seen it before; they take turns, so that a machine
 that slows down slows down all of them, and ratios are those within a turn. What is left of "prepare" without the
-start-up is the rate at sizes where a second does not count. All must give the same number of tokens.
+start-up is the rate at sizes where a second does not count. The last column counts processor time in place of time,
+that of all threads and workers together: it holds also on a machine that others use. All must give the same number
+of tokens.
 """
 
 import glob
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -44,7 +47,7 @@ def read_texts(files, column) -> list[str]:
 
 
 def time_tiktoken(files, column, folder):
-    """(seconds, tokens) of the loop."""
+    """(seconds, processor seconds, tokens) of the loop."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
@@ -54,22 +57,22 @@ def time_tiktoken(files, column, folder):
     ranks = {token: fast[0].encode_single_token(token) for token in fast[0].token_byte_values()}
     encoding = tiktoken.Encoding("r50k", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     texts = read_texts(files, column)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
-    return time.perf_counter() - began, tokens
+    return time.perf_counter() - began, time.process_time() - cpu, tokens
 
 
 def time_transformers(files, column, folder):
-    """(seconds, tokens) of the calls."""
+    """(seconds, processor seconds, tokens) of the calls."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder, "tokenizer.json")))
     texts, tokens = read_texts(files, column), 0
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for first in range(0, len(texts), BATCH):
         batch = tokenizer(texts[first : first + BATCH], add_special_tokens=False, return_attention_mask=False)
         tokens += sum(map(len, batch["input_ids"]))
-    return time.perf_counter() - began, tokens
+    return time.perf_counter() - began, time.process_time() - cpu, tokens
 
 
 def in_fresh_process(function, *arguments):
@@ -89,70 +92,79 @@ def resident(session) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_of_children() -> float:
+    """Processor seconds of this process's children that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def prepare(files, work, args, num_proc, watched=False):
-    """(seconds, manifest of the training split, peak bytes) of one call of prepare_fineweb.py."""
+    """(seconds, processor seconds, manifest of the training split, peak bytes) of one call of prepare_fineweb.py."""
     with tempfile.TemporaryDirectory(dir=work) as out:
         command = [sys.executable, str(SCRIPT), "--out_dir", f"{out}/shards"]
         command += ["--tokenizer", str(work / "tokenizer"), "--text_column", args.text_column]
         command += ["--num_proc", str(num_proc), "--shard_tokens", str(args.shard_tokens)]
         command += ["--val_files", str(work / "short.txt"), "--local_files", *map(str, files)]
-        began, peak = time.perf_counter(), 0
+        began, cpu, peak = time.perf_counter(), cpu_of_children(), 0
         with open(f"{out}/log", "w+") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
             while watched and child.poll() is None:
                 peak = max(peak, resident(child.pid))
                 time.sleep(0.05)
             code = child.wait()
-            seconds = time.perf_counter() - began
+            seconds, cpu = time.perf_counter() - began, cpu_of_children() - cpu
             log.seek(0)
             if code:
                 raise UserError(f"prepare_fineweb.py ended with exit code {code}: {log.read()[-500:]}")
-        return seconds, json.loads(Path(out, "shards", "manifest.json").read_text()), peak
+        return seconds, cpu, json.loads(Path(out, "shards", "manifest.json").read_text()), peak
 
 
 def measure(files, work, args) -> tuple[dict, dict]:
-    """Seconds by name, one for each turn; and the manifest of the text."""
-    seconds, tokens, processes = {}, {}, sorted({1, args.cores})
+    """(seconds, processor seconds) by name, one pair for each turn; and the manifest of the text."""
+    times, tokens, processes = {}, {}, sorted({1, args.cores})
     for _ in range(args.repeats):
         for name, function in (BARE, time_tiktoken), (FAST, time_transformers):
-            took, tokens[name] = in_fresh_process(function, files, args.text_column, str(work / "tokenizer"))
-            seconds.setdefault(name, []).append(took)
+            *took, tokens[name] = in_fresh_process(function, files, args.text_column, str(work / "tokenizer"))
+            times.setdefault(name, []).append(took)
         for num_proc in processes:
-            took, manifest, _ = prepare(files, work, args, num_proc)
-            seconds.setdefault(f"prepare, {num_proc} proc", []).append(took)
-            tokens[f"prepare, {num_proc} proc"] = manifest["tokens"] - manifest["documents"]  # without the markers
-            took, *_ = prepare([work / "other.txt"], work, args, num_proc)
-            seconds.setdefault(f"start-up, {num_proc} proc", []).append(took)
+            name = f"prepare, {num_proc} proc"
+            *took, manifest, _ = prepare(files, work, args, num_proc)
+            times.setdefault(name, []).append(took)
+            tokens[name] = manifest["tokens"] - manifest["documents"]  # without the markers
+            *took, _, _ = prepare([work / "other.txt"], work, args, num_proc)
+            times.setdefault(f"start-up, {num_proc} proc", []).append(took)
     if len(set(tokens.values())) != 1:
         raise UserError(f"the numbers of tokens differ: {tokens}")
-    return seconds, manifest
+    return times, manifest
 
 
-def rates_of(seconds, megabytes, cores) -> dict:
-    """MB/s by name of the row, one for each turn."""
-    rates = {BARE: [megabytes / s for s in seconds[BARE]]}
-    rates[TIMES_CORES] = [cores * r for r in rates[BARE]]
-    rates[FAST] = [megabytes / s for s in seconds[FAST]]
-    for name in [name for name in seconds if name.startswith("prepare")]:
-        start_up = seconds[name.replace("prepare", "start-up")]
-        rates[name] = [megabytes / s for s in seconds[name]]
-        less = name.replace("prepare", "  less its start-up")
-        rates[less] = [megabytes / max(s - least, 1e-3) for s, least in zip(seconds[name], start_up)]
-    return rates
+def rates_of(times, megabytes, cores) -> dict:
+    """(MB per second, MB per processor second) by name of the row, one pair for each turn."""
+
+    def rates(took, less=(0.0, 0.0)):
+        return tuple(megabytes / max(t - least, 1e-3) for t, least in zip(took, less))
+
+    found = {name: [rates(took) for took in turns] for name, turns in times.items() if not name.startswith("start-up")}
+    for name in [name for name in found if name.startswith("prepare")]:
+        least = times[name.replace("prepare", "start-up")]
+        found[name.replace("prepare", "  less its start-up")] = [rates(*both) for both in zip(times[name], least)]
+    return found | {TIMES_CORES: [(cores * rate, per_cpu) for rate, per_cpu in found[BARE]]}
 
 
-def table(seconds, manifest, cores) -> str:
+def table(times, manifest, cores) -> str:
     megabytes, tokens = manifest["text_bytes"] / 1e6, manifest["tokens"] - manifest["documents"]
-    rates = rates_of(seconds, megabytes, cores)
-    lines = [f"{'':<34}{'MB/s':>9}{'min':>9}{'max':>9}{'Mtokens/s':>11}{'to x cores':>12}"]
-    for name, each in rates.items():
+    found = rates_of(times, megabytes, cores)
+    lines = [f"{'':<34}{'MB/s':>8}{'min':>8}{'max':>8}{'Mtokens/s':>11}{'to x cores':>12}{'MB/CPU s':>10}"]
+    names = [BARE, TIMES_CORES, FAST, *(name for name in found if "proc" in name)]
+    for name in names:
+        each, per_cpu = zip(*found[name])
         middle = statistics.median(each)
-        ratio = statistics.median(a / b for a, b in zip(each, rates[TIMES_CORES]))
-        million = middle * tokens / megabytes / 1e6
-        lines.append(f"{name:<34}{middle:>9.2f}{min(each):>9.2f}{max(each):>9.2f}{million:>11.3f}{ratio:>12.2f}")
-    for name in [name for name in seconds if name.startswith("start-up")]:
-        each = seconds[name]
-        lines.append(f"{name:<34}{statistics.median(each):>9.2f}{min(each):>9.2f}{max(each):>9.2f}  seconds")
+        ratio = statistics.median(a / b for a, (b, _) in zip(each, found[TIMES_CORES]))
+        row = f"{name:<34}{middle:>8.2f}{min(each):>8.2f}{max(each):>8.2f}{middle * tokens / megabytes / 1e6:>11.3f}"
+        lines.append(f"{row}{ratio:>12.2f}{statistics.median(per_cpu):>10.2f}")
+    for name in [name for name in times if name.startswith("start-up")]:
+        each = [seconds for seconds, _ in times[name]]
+        lines.append(f"{name:<34}{statistics.median(each):>8.2f}{min(each):>8.2f}{max(each):>8.2f}  seconds")
     return "\n".join(lines)
 
 
@@ -168,7 +180,7 @@ def under_many_names(files, work, times) -> list[Path]:
 
 def show_memory(files, work, args):
     for times in (1, args.times):
-        seconds, manifest, peak = prepare(under_many_names(files, work, times), work, args, args.cores, watched=True)
+        seconds, _, manifest, peak = prepare(under_many_names(files, work, times), work, args, args.cores, watched=True)
         text = manifest["text_bytes"] / 1e6
         print(
             f"memory, input x {times:<4}{peak / 1e6:>12,.0f} MB for {text:,.0f} MB of text ({text / seconds:.1f} MB/s)"
@@ -227,10 +239,10 @@ def main(argv=None):
         for name in ("short.txt", "other.txt"):
             (work / name).write_text(f"A document that is short: {name}.\n")
         files = args.files or make_text(work / "tiny.parquet")
-        seconds, manifest = measure(files, work, args)
+        times, manifest = measure(files, work, args)
         size = f"{manifest['text_bytes'] / 1e6:,.1f} MB of text in {manifest['documents']:,} documents"
         print(f"{size}, {manifest['tokens']:,} tokens with their markers; cores: {args.cores}, turns: {args.repeats}")
-        print(table(seconds, manifest, args.cores))
+        print(table(times, manifest, args.cores))
         if args.times and Path("/proc/self/statm").exists():
             show_memory(files, work, args)
 

@@ -231,9 +231,9 @@ def test_preparation_benchmark_shows_every_row(vocabulary, tmp_path, capsys):
     out = capsys.readouterr().out
     ways = ("prepare, 1 proc", "  less its start-up, 1 proc", "prepare, 2 proc", "  less its start-up, 2 proc")
     for label in ("tiktoken, bare loop", "tiktoken, x cores", "transformers, batches", *ways):
-        rate, low, high, million, ratio = numbers(out, label)
-        assert 0 < low <= rate <= high and million > 0 and ratio > 0
-    assert numbers(out, "tiktoken, x cores")[-1] == 1.0
+        rate, low, high, million, ratio, per_cpu = numbers(out, label)
+        assert 0 < low <= rate <= high and million > 0 and ratio > 0 and per_cpu > 0
+    assert numbers(out, "tiktoken, x cores")[4] == 1.0
     assert numbers(out, "start-up, 1 proc")[0] > 0 and numbers(out, "start-up, 2 proc")[0] > 0
     if sys.platform == "linux":
         once, twice = (numbers(out, f"memory, input x {n}") for n in (1, 2))
@@ -245,22 +245,22 @@ def test_rates_of_preparation_compare_what_one_turn_gave():
     """Medians of each way alone would compare different moments of a machine that others use too."""
     import bench_prepare
 
-    seconds = {bench_prepare.BARE: [10, 20, 20], bench_prepare.FAST: [20, 20, 20]}
-    seconds |= {"prepare, 2 proc": [5, 10, 20], "start-up, 2 proc": [1, 2, 4]}
+    times = {bench_prepare.BARE: [(10, 10), (20, 10), (20, 10)], bench_prepare.FAST: [(20, 40)] * 3}
+    times |= {"prepare, 2 proc": [(5, 9), (10, 9), (20, 9)], "start-up, 2 proc": [(1, 1), (2, 1), (4, 1)]}
     manifest = {"text_bytes": 10_000_000, "tokens": 2_500_000, "documents": 500_000}
-    text = bench_prepare.table(seconds, manifest, 2)
-    assert numbers(text, "tiktoken, x cores") == [1, 1, 2, 0.2, 1]
-    assert numbers(text, "prepare, 2 proc") == [1, 0.5, 2, 0.2, 1]
-    assert numbers(text, "  less its start-up, 2 proc") == [1.25, 0.62, 2.5, 0.25, 1.25]
+    text = bench_prepare.table(times, manifest, 2)
+    assert numbers(text, "tiktoken, x cores") == [1, 1, 2, 0.2, 1, 1]
+    assert numbers(text, "prepare, 2 proc") == [1, 0.5, 2, 0.2, 1, 1.11]
+    assert numbers(text, "  less its start-up, 2 proc") == [1.25, 0.62, 2.5, 0.25, 1.25, 1.25]
 
 
 def test_preparation_benchmark_refuses_ways_that_disagree(monkeypatch, tmp_path):
     """A way that skips half of the text would look twice as fast."""
     import bench_prepare
 
-    monkeypatch.setattr(bench_prepare, "in_fresh_process", lambda function, *_: (1.0, 7))
+    monkeypatch.setattr(bench_prepare, "in_fresh_process", lambda function, *_: (1.0, 1.0, 7))
     manifest = {"tokens": 18, "documents": 8, "text_bytes": 50}
-    monkeypatch.setattr(bench_prepare, "prepare", lambda *_: (1.0, manifest, 0))
+    monkeypatch.setattr(bench_prepare, "prepare", lambda *_: (1.0, 1.0, manifest, 0))
     args = bench_prepare.parse_args(["--tiny", "--repeats", "1"])
     with pytest.raises(UserError, match="numbers of tokens differ"):
         bench_prepare.measure([], tmp_path, args)

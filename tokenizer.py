@@ -138,10 +138,11 @@ def tiktoken_of(backend: Tokenizer):
       1. words are split in GPT-2's way, and merges alone decide what becomes of a word (`is_gpt2_like`),
       2. each merge joins bytes or results of earlier merges, and no two give the same token,
       3. each token is what its own text is encoded to.
-    For consider a stretch of a word whose two ends no merge has crossed. Nothing outside it mattered, so it is in the
-    state it would be in if it were the whole text. Let it be the bytes of a token t. By 3 it becomes t when t's turn
-    comes, unless something has crossed its ends; and by 2 it is then in the two parts of t's listed merge. So two
-    neighbours that form t in another way never stand there, neither then nor later.
+    Why: by 2 each merge only makes parts for later ones, so they take place in the order of the list. Take two
+    neighbours x and y whose bytes are those of a token t. No merge has crossed the ends of that stretch, so it is in
+    the state it would be in as a text of its own; and by 3 such a text is, when t's turn comes, in the two parts of
+    t's listed merge, and afterwards t. If x and y are not these parts, t's turn is still to come, and before it comes
+    x or y must merge with a neighbour outside. So tiktoken, too, merges nothing but the listed pairs.
     """
     import tiktoken
 

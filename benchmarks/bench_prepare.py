@@ -5,18 +5,19 @@
   transformers  its fast tokenizer, called with batches of documents, threads on all cores; only the calls are timed
   prepare       prepare_fineweb.py as a person calls it, from the first import to the last manifest: reading parquet,
                 tokenizing, hashing and writing; with one process and with one per core
-  start-up      prepare_fineweb.py on a single short document: what does not grow with the input
+  beyond        the same for what the input has more when each file is named --times times: the rate at sizes where
+                a second of start-up does not count
   memory        the most resident bytes of prepare_fineweb.py and its workers together, for the input once and for
                 the same input under many names; pages that processes share count in each
 
 All read the same text, each in a fresh process, so that nobody has seen it before; they take turns, so that a machine
-that slows down slows down all of them, and ratios are those within a turn. What is left of "prepare" without the
-start-up is the rate at sizes where a second does not count. The last column counts processor time in place of time,
-that of all threads and workers together: it holds also on a machine that others use. All must give the same number
-of tokens.
+that slows down slows down all of them, and ratios are those within a turn. The last column counts processor time in
+place of time, that of all threads and workers together: it holds also on a machine that others use. All must give
+the same number of tokens.
 """
 
 import glob
+import itertools
 import json
 import multiprocessing
 import os
@@ -30,6 +31,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
 
 from errors import Parser, UserError, run
 from tokenizer import load_tokenizer
@@ -98,7 +101,7 @@ def cpu_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def prepare(files, work, args, num_proc, watched=False):
+def prepare(files, work, args, num_proc):
     """(seconds, processor seconds, manifest of the training split, peak bytes) of one call of prepare_fineweb.py."""
     with tempfile.TemporaryDirectory(dir=work) as out:
         command = [sys.executable, str(SCRIPT), "--out_dir", f"{out}/shards"]
@@ -108,64 +111,14 @@ def prepare(files, work, args, num_proc, watched=False):
         began, cpu, peak = time.perf_counter(), cpu_of_children(), 0
         with open(f"{out}/log", "w+") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-            while watched and child.poll() is None:
+            while (code := child.poll()) is None:
                 peak = max(peak, resident(child.pid))
-                time.sleep(0.05)
-            code = child.wait()
+                time.sleep(0.1)
             seconds, cpu = time.perf_counter() - began, cpu_of_children() - cpu
             log.seek(0)
             if code:
                 raise UserError(f"prepare_fineweb.py ended with exit code {code}: {log.read()[-500:]}")
         return seconds, cpu, json.loads(Path(out, "shards", "manifest.json").read_text()), peak
-
-
-def measure(files, work, args) -> tuple[dict, dict]:
-    """(seconds, processor seconds) by name, one pair for each turn; and the manifest of the text."""
-    times, tokens, processes = {}, {}, sorted({1, args.cores})
-    for _ in range(args.repeats):
-        for name, function in (BARE, time_tiktoken), (FAST, time_transformers):
-            *took, tokens[name] = in_fresh_process(function, files, args.text_column, str(work / "tokenizer"))
-            times.setdefault(name, []).append(took)
-        for num_proc in processes:
-            name = f"prepare, {num_proc} proc"
-            *took, manifest, _ = prepare(files, work, args, num_proc)
-            times.setdefault(name, []).append(took)
-            tokens[name] = manifest["tokens"] - manifest["documents"]  # without the markers
-            *took, _, _ = prepare([work / "other.txt"], work, args, num_proc)
-            times.setdefault(f"start-up, {num_proc} proc", []).append(took)
-    if len(set(tokens.values())) != 1:
-        raise UserError(f"the numbers of tokens differ: {tokens}")
-    return times, manifest
-
-
-def rates_of(times, megabytes, cores) -> dict:
-    """(MB per second, MB per processor second) by name of the row, one pair for each turn."""
-
-    def rates(took, less=(0.0, 0.0)):
-        return tuple(megabytes / max(t - least, 1e-3) for t, least in zip(took, less))
-
-    found = {name: [rates(took) for took in turns] for name, turns in times.items() if not name.startswith("start-up")}
-    for name in [name for name in found if name.startswith("prepare")]:
-        least = times[name.replace("prepare", "start-up")]
-        found[name.replace("prepare", "  less its start-up")] = [rates(*both) for both in zip(times[name], least)]
-    return found | {TIMES_CORES: [(cores * rate, per_cpu) for rate, per_cpu in found[BARE]]}
-
-
-def table(times, manifest, cores) -> str:
-    megabytes, tokens = manifest["text_bytes"] / 1e6, manifest["tokens"] - manifest["documents"]
-    found = rates_of(times, megabytes, cores)
-    lines = [f"{'':<34}{'MB/s':>8}{'min':>8}{'max':>8}{'Mtokens/s':>11}{'to x cores':>12}{'MB/CPU s':>10}"]
-    names = [BARE, TIMES_CORES, FAST, *(name for name in found if "proc" in name)]
-    for name in names:
-        each, per_cpu = zip(*found[name])
-        middle = statistics.median(each)
-        ratio = statistics.median(a / b for a, (b, _) in zip(each, found[TIMES_CORES]))
-        row = f"{name:<34}{middle:>8.2f}{min(each):>8.2f}{max(each):>8.2f}{middle * tokens / megabytes / 1e6:>11.3f}"
-        lines.append(f"{row}{ratio:>12.2f}{statistics.median(per_cpu):>10.2f}")
-    for name in [name for name in times if name.startswith("start-up")]:
-        each = [seconds for seconds, _ in times[name]]
-        lines.append(f"{name:<34}{statistics.median(each):>8.2f}{min(each):>8.2f}{max(each):>8.2f}  seconds")
-    return "\n".join(lines)
 
 
 def under_many_names(files, work, times) -> list[Path]:
@@ -178,13 +131,54 @@ def under_many_names(files, work, times) -> list[Path]:
     return links
 
 
-def show_memory(files, work, args):
-    for times in (1, args.times):
-        seconds, _, manifest, peak = prepare(under_many_names(files, work, times), work, args, args.cores, watched=True)
-        text = manifest["text_bytes"] / 1e6
-        print(
-            f"memory, input x {times:<4}{peak / 1e6:>12,.0f} MB for {text:,.0f} MB of text ({text / seconds:.1f} MB/s)"
-        )
+def measure(files, work, args) -> tuple[dict, dict, dict]:
+    """By name (seconds, processor seconds), one pair for each turn; by name the peak bytes; and the text's manifest."""
+    times, tokens, peaks, made_of = {}, {}, {}, {}
+    inputs = {n: under_many_names(files, work, n) for n in (1, args.times)}
+    for turn in range(args.repeats):
+        for name, function in (BARE, time_tiktoken), (FAST, time_transformers):
+            *took, tokens[name] = in_fresh_process(function, files, args.text_column, str(work / "tokenizer"))
+            times.setdefault(name, []).append(took)
+        for num_proc, n in itertools.product(sorted({1, args.cores}), inputs):
+            name = f"prepare, {num_proc} proc, input x {n}"
+            *took, made, peak = prepare(inputs[n], work, args, num_proc)
+            times.setdefault(name, []).append(took)
+            tokens[name] = (made["tokens"] - made["documents"]) / n  # without the markers
+            peaks[name] = max(peak, peaks.get(name, 0))
+            made_of[n] = made
+        took = ", ".join(f"{name}: {turns[-1][0]:.1f}" for name, turns in times.items())
+        print(f"turn {turn + 1} of {args.repeats}, seconds: {took}", file=sys.stderr, flush=True)
+    if len(set(tokens.values())) != 1:
+        raise UserError(f"the numbers of tokens differ: {tokens}")
+    return times, peaks, made_of[1]
+
+
+def rates_of(times, megabytes, args) -> dict:
+    """(MB per second, MB per processor second) by name of the row, one pair for each turn."""
+    rows = {name: [(megabytes / a, megabytes / b) for a, b in times[name]] for name in (BARE, FAST)}
+    found = {BARE: rows[BARE], TIMES_CORES: [(args.cores * r, cpu) for r, cpu in rows[BARE]], FAST: rows[FAST]}
+    for num_proc in sorted({1, args.cores}):
+        once, often = (np.array(times[f"prepare, {num_proc} proc, input x {n}"]) for n in (1, args.times))
+        more = np.maximum(often - once, 1e-3)  # on a machine with other users the larger input can be the faster one
+        found[f"prepare, {num_proc} proc"] = megabytes / once
+        found[f"  beyond that input, {num_proc} proc"] = (args.times - 1) * megabytes / more
+    return found
+
+
+def table(times, peaks, manifest, args) -> str:
+    megabytes, tokens = manifest["text_bytes"] / 1e6, manifest["tokens"] - manifest["documents"]
+    found = rates_of(times, megabytes, args)
+    lines = [f"{'':<34}{'MB/s':>8}{'min':>8}{'max':>8}{'Mtokens/s':>11}{'to x cores':>12}{'MB/CPU s':>10}"]
+    for name, turns in found.items():
+        each, per_cpu = zip(*turns)
+        middle = statistics.median(each)
+        ratio = statistics.median(a / b for a, (b, _) in zip(each, found[TIMES_CORES]))
+        row = f"{name:<34}{middle:>8.2f}{min(each):>8.2f}{max(each):>8.2f}{middle * tokens / megabytes / 1e6:>11.3f}"
+        lines.append(f"{row}{ratio:>12.2f}{statistics.median(per_cpu):>10.2f}")
+    for name, peak in peaks.items():
+        if peak:
+            lines.append(f"{name.replace('prepare', 'memory'):<34}{peak / 1e6:>8,.0f}  MB")
+    return "\n".join(lines)
 
 
 def make_text(path):
@@ -212,7 +206,7 @@ def parse_args(argv):
         type=int,
         default=10,
         metavar="N",
-        help="names per file for memory; 0: not measured (default: 10)",
+        help="names per file for the larger input (default: 10)",
     )
     add("--shard_tokens", type=int, default=5_000_000, metavar="N", help="tokens per shard, which is built in memory "
         "and would look like growth where it is larger than the input (default: 5,000,000)")  # fmt: skip
@@ -220,8 +214,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args.cores = here if args.cores is None else args.cores
-    if min(args.cores, args.repeats, args.shard_tokens) < 1 or args.times < 0:
-        raise UserError("--cores, --repeats and --shard_tokens must be at least 1, --times at least 0")
+    if min(args.cores, args.repeats, args.shard_tokens, args.times - 1) < 1:
+        raise UserError("--cores, --repeats and --shard_tokens must be at least 1, --times at least 2")
     if not args.data and not args.tiny:
         raise UserError("--data: name the parquet files to read, for example --data 'corpus/*.parquet'")
     args.files = sorted(file for pattern in args.data or () for file in glob.glob(pattern))
@@ -236,15 +230,12 @@ def main(argv=None):
         work = Path(work)
         (work / "tokenizer").mkdir()
         load_tokenizer(args.tokenizer).save(work / "tokenizer")
-        for name in ("short.txt", "other.txt"):
-            (work / name).write_text(f"A document that is short: {name}.\n")
+        (work / "short.txt").write_text("A short document.\n")
         files = args.files or make_text(work / "tiny.parquet")
-        times, manifest = measure(files, work, args)
+        times, peaks, manifest = measure(files, work, args)
         size = f"{manifest['text_bytes'] / 1e6:,.1f} MB of text in {manifest['documents']:,} documents"
         print(f"{size}, {manifest['tokens']:,} tokens with their markers; cores: {args.cores}, turns: {args.repeats}")
-        print(table(times, manifest, args.cores))
-        if args.times and Path("/proc/self/statm").exists():
-            show_memory(files, work, args)
+        print(table(times, peaks, manifest, args))
 
 
 if __name__ == "__main__":

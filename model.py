@@ -253,6 +253,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_logits = log_p.exp_().scatter_add_(1, target, -one_hot).to(dtype)
                 grad_x[rows] = (d_logits @ w) * chosen
                 grad_w += d_logits.t() @ (x_rows * chosen)
+            logits = log_p = d_logits = None  # gone before the next block's are made
         if train:
             ctx.save_for_backward(grad_x, grad_w)
         return total

@@ -5,6 +5,7 @@ run the same code, because every call here is also right for a world of one.
 """
 
 import ctypes
+import importlib.util
 import os
 import platform
 import re
@@ -79,6 +80,13 @@ def pick(device, dtype) -> tuple[torch.device, str]:
     if device.type == "cpu":
         keep_freed_memory()
     return device, pick_dtype(dtype, device)
+
+
+def compiles(device) -> bool:
+    """Whether compiling pays there: on CUDA, where Triton is installed and knows the card."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def autocast(device, dtype):

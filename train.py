@@ -109,7 +109,7 @@ class TrainConfig:
         choices=("auto", *runtime.DTYPES),
     )
     compile: str = flag(
-        "auto", "torch.compile the training step: auto (on CUDA), on, off", choices=("auto", "on", "off")
+        "auto", "torch.compile the training step: auto (on CUDA with Triton), on, off", choices=("auto", "on", "off")
     )
     fsdp: bool = flag(False, "shard weights, gradients and optimizer state: for models that outgrow one device")
     timeout: float = flag(1800.0, "seconds that a process waits for another before the run fails", at_least=1)
@@ -221,6 +221,7 @@ class Run:
     step: int = 0
     samples_seen: int = 0
     seconds: float = 0.0  # of training, over all sessions
+    changed: list[str] = field(default_factory=list)  # flags that are not what the checkpoint's session had
     saved_step: int = -1  # of the newest checkpoint known to be good
     background: ThreadPoolExecutor | None = None  # writes checkpoints
     saving: Future | None = None  # the one being written, on rank 0
@@ -324,7 +325,7 @@ def build(c: TrainConfig, rt, valid_vocab_size):
         model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"
     )
     step_model = model
-    if c.compile == "on" or (c.compile == "auto" and rt.device.type == "cuda" and not c.fsdp):
+    if c.compile == "on" or (c.compile == "auto" and runtime.compiles(rt.device) and not c.fsdp):
         step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
     if rt.world > 1 and not c.fsdp:
         step_model = DistributedDataParallel(step_model, gradient_as_bucket_view=True)
@@ -358,6 +359,8 @@ def resume(r: Run):
         raise UserError(f"{found} cannot be continued with another {', '.join(changed)}; give a new --run_name")
     checkpoint.load_training(found, r.model, r.optimizer)
     r.step, r.samples_seen, r.seconds = state["step"], state["samples_seen"], state["seconds"]
+    before = state.get("config") or {}
+    r.changed = [f"{k} {before[k]} -> {v}" for k, v in asdict(c).items() if k in before and before[k] != v]
     if r.scaler.is_enabled() and state.get("scaler"):
         r.scaler.load_state_dict(state["scaler"])
     if found.parent.resolve() == c.run_dir.resolve():
@@ -371,7 +374,7 @@ def read_state(path) -> dict:
     limits = {"step": (int, 0), "samples_seen": (int, 0), "seconds": (float, 0)}
     good = {k: type(state.get(k)) is kind and low <= state[k] < 2**62 for k, (kind, low) in limits.items()}
     good["identity"] = isinstance(state.get("identity"), dict)
-    good["scaler"] = isinstance(state.get("scaler") or {}, dict)
+    good |= {k: isinstance(state.get(k) or {}, dict) for k in ("scaler", "config")}
     if not all(good.values()):
         raise UserError(f"{path}: missing or wrong: {', '.join(k for k in good if not good[k])}")
     return state
@@ -636,7 +639,7 @@ def train(config: TrainConfig) -> dict:
     with ExitStack() as stack:
         rt = runtime.start(config.device, config.dtype, config.timeout)
         stack.callback(runtime.stop)
-        wrong = problems(config, rt.world)
+        wrong = problems(replace(config, dtype=rt.dtype), rt.world)
         if wrong:
             raise UserError("; ".join(wrong))
         rt.refuse_disagreement(asdict(config))
@@ -698,8 +701,11 @@ def introduce(r: Run):
           f" ({tokens / r.train_data.n_tokens:.2f} epochs)")  # fmt: skip
     print(f"step       {c.total_batch_tokens:,} tokens = {c.batch_size} x {c.block_size} x {accumulation} micro-steps"
           f" x {rt.world} device(s)")  # fmt: skip
-    print(f"device     {rt.device}, {rt.dtype}{', compiled' if r.step_model is not r.model and rt.world == 1 else ''}")
+    compiled = getattr(r.step_model, "module", r.step_model) is not r.model  # DDP's .module is what it wraps
+    print(f"device     {rt.device}, {rt.dtype}{', compiled' if compiled else ''}")
     print(f"run        {c.run_dir}, " + (f"continued at step {r.step}" if r.step else "from the beginning"), flush=True)
+    if r.changed:
+        print(f"changed    {', '.join(r.changed)}", flush=True)
 
 
 def parse(argv=None) -> TrainConfig:

@@ -240,9 +240,10 @@ def test_changed_identity_is_refused_with_both_values(toy):
     assert len(trace(toy)) == 5
 
 
-def test_global_batch_changed_on_purpose_loses_no_window(toy):
+def test_global_batch_changed_on_purpose_loses_no_window(toy, capsys):
     train(replace(toy, max_steps=10))
     train(replace(toy, max_steps=15, total_batch_tokens=512))
+    assert "changed    max_steps 10 -> 15, total_batch_tokens 256 -> 512\n" in capsys.readouterr().out
     seen = [r["samples_seen"] for r in read_rows(toy.run_dir / "metrics.jsonl") if r["kind"] == "train"]
     assert seen == [*range(8, 88, 8), *range(96, 176, 16)]
 

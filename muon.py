@@ -9,6 +9,7 @@ such instructions multiply thirty times more slowly than float32; a test holds t
 """
 
 import torch
+import torch.distributed as dist
 
 A, B, C = 3.4445, -4.7750, 2.0315  # steepest at zero, and settling between 0.7 and 1.2 (Jordan et al. 2024)
 
@@ -24,6 +25,21 @@ def orthogonalize(x, steps=5):
         square = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=B, alpha=C), wide, beta=A)
     return wide if x.size(-2) <= x.size(-1) else wide.mT
+
+
+def orthogonalize_together(x):
+    """`orthogonalize`, with the n matrices shared out to the processes of a run.
+
+    At 124M parameters it is as much work as training on 1,900 tokens, which eight processes would else do eight times.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalize(x)
+    padded = torch.cat([x, x.new_zeros(-len(x) % world, *x.shape[1:])])
+    mine = orthogonalize(padded.chunk(world)[dist.get_rank()]).contiguous()
+    whole = mine.new_empty(padded.shape)
+    dist.all_gather_into_tensor(whole, mine)
+    return whole[: len(x)]
 
 
 class Muon(torch.optim.AdamW):
@@ -58,7 +74,7 @@ class Muon(torch.optim.AdamW):
                 same.setdefault(direction.shape, []).append((p, direction))
                 p.grad = None  # nothing is left for AdamW
         for (parts, *shape), members in same.items():
-            steps = orthogonalize(torch.cat([direction for _, direction in members]))
+            steps = orthogonalize_together(torch.cat([direction for _, direction in members]))
             for (p, _), step in zip(members, steps.split(parts)):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(laid_out_like(p, step.flatten(0, 1)), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])

@@ -282,6 +282,7 @@ def draw_lengths(splits, ends, output):
     ax.set_ylabel("documents (%)")
     ax.legend(frameon=False)
     ax.grid(color="#E5E5E5", linewidth=0.8)
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     save(fig, output)
 

@@ -429,15 +429,22 @@ def read_journal(directories, recipe) -> dict | None:
         raise UserError(
             f"{path}: journal version {journal.get('journal_version')!r}, expected {JOURNAL_VERSION}; {ANEW}"
         )
-    refuse_differences(directories["train"], journal.get("recipe"), recipe, "was begun otherwise")
+    there = journal.get("recipe")
+    if not isinstance(there, dict):
+        raise UserError(f"{path}: damaged (it has no recipe); {ANEW}")
+    differing = {d for split, wanted in recipe.items() for d in differences(there.get(split), wanted)}
+    if differing and journal.get("position") == [0, 0]:
+        return None  # nothing to lose yet
+    refuse(directories["train"], "was begun otherwise", differing)
     return journal
 
 
-def refuse_differences(directory, there, now, what):
-    differing = sorted(differences(there, now))
+def refuse(directory, what, differing):
+    """UserError if anything differs."""
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise UserError(f"{directory}: {what}: {'; '.join(differing[:5])}{more}. Name another --out_dir, or {ANEW}")
+        listed = "; ".join(sorted(differing)[:5])
+        raise UserError(f"{directory}: {what}: {listed}{more}. Name another --out_dir, or {ANEW}")
 
 
 def differences(there, now, name=""):
@@ -457,7 +464,7 @@ def already_prepared(directories, wanted) -> dict | None:
             continue
         manifests[split] = find_shards(directory, split)[1]
         found = {key: manifests[split].get(key) for key in wanted[split]}
-        refuse_differences(directory, found, wanted[split], "already holds shards made otherwise")
+        refuse(directory, "already holds shards made otherwise", list(differences(found, wanted[split])))
         check_counts(directory / MANIFEST, manifests[split])
     if len(manifests) < len(directories):
         return None

@@ -7,6 +7,7 @@ commit, and can be deleted as soon as they are no longer needed: 28 GB of FineWe
 
 import glob
 import gzip
+import io
 import json
 import os
 import re
@@ -100,7 +101,7 @@ def decompressed(raw, suffix):
     if suffix == ".zst":
         import pyarrow
 
-        return pyarrow.CompressedInputStream(raw, "zstd")
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"), 2**20)  # which knows lines
     return raw
 
 

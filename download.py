@@ -16,7 +16,7 @@ from files import sha256, sync_directory
 ATTEMPTS = 10  # in a row that bring nothing, before giving up: about five minutes
 LONGEST_PAUSE = 60  # seconds; the pauses are 1, 2, 4, ...
 TIMEOUT = 30  # seconds without a byte
-CHUNK = 2**20  # bytes
+CHUNK = 2**16  # bytes; what a connection that breaks takes with it
 PART = ".part"  # ends the name of a file that is not whole yet
 LATER = {408, 429, 500, 502, 503, 504}  # what a server answers that may answer otherwise the next time
 

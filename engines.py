@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections import deque
@@ -147,14 +148,14 @@ def ray_cluster(folder, address):
         import ray
     except ImportError as error:
         raise UserError(f"--engine ray needs Ray ({error}); pip install ray, the version of the cluster") from error
+    reach(address)
     with tempfile.TemporaryDirectory() as code:  # what a worker needs of this repository, which may hold shards too
         for name in ("engines", "tokenizer", "errors"):
             Path(code, f"{name}.py").write_bytes(Path(__file__).with_name(f"{name}.py").read_bytes())
         try:
             ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise UserError(f"--ray_address {address}: no Ray cluster answers there ({what})") from error
+        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise UserError(f"--ray_address {address}: {' '.join(str(error).split())[:200]}") from error
     try:
         remote, saved = ray.remote(encode_on_ray), ray.put(Path(folder, FILE).read_bytes())
         ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -162,6 +163,17 @@ def ray_cluster(folder, address):
         yield Engine(lambda texts: get(remote.remote(saved, texts)), ahead, (ray.exceptions.RayError,))
     finally:
         ray.shutdown()
+
+
+def reach(address):
+    """UserError within seconds where nothing answers at HOST:PORT; Ray itself would try for many minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not port.isdecimal() or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--ray_address {address}: nothing answers there ({error})") from error
 
 
 def encode_on_ray(saved, texts):

@@ -38,7 +38,7 @@ CARD = {
 
 
 class Server(ThreadingHTTPServer):
-    """`files` and `faults` by path, the latter what goes wrong, one after the other, before all is well; `log` of requests."""
+    """`files` and `faults` by path; the latter go wrong one after the other, before all is well; `log`: requests."""
 
     daemon_threads = True
 

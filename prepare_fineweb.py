@@ -830,7 +830,11 @@ def main(argv=None):
     out_dir = options.pop("out_dir")
     urls, demo = options.pop("token_shards"), options.pop("demo")
     if not urls and not demo:
-        prepare(out_dir or OUT_DIR, **options)
+        try:
+            prepare(out_dir or OUT_DIR, **options)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            raise
         return
     others = [f"--{name}" for name, value in options.items() if value != parser.get_default(name)]
     others += ["--token_shards"] if urls and demo else []

@@ -430,6 +430,110 @@ def test_leftovers_without_a_journal_are_begun_anew(here, vocabulary, capsys):
     assert contents("d") == contents("e") and contents("d_val") == contents("e_val")
 
 
+@pytest.mark.slow
+def test_a_document_of_50_megabytes_is_one_document(here, vocabulary, byte_tokenizer):
+    """Bugs: cut at a batch or a shard; a batch that is taken for lost because it takes long."""
+    text = "The quick brown fox, naïve 🦊, jumps over 13 lazy dogs.\n" * 850_000
+    assert 50e6 < len(text.encode()) < 60e6
+    write_parquet("a.parquet", [DOCS[0], text, DOCS[1]])
+    write_jsonl("val.jsonl", DOCS[2:3])
+    options = dict(local_files=["a.parquet"], val_files=["val.jsonl"], tokenizer=vocabulary)
+    made = prepare("d", shard_tokens=10**6, num_proc=2, **options)
+    assert made["train"]["documents"] == 3 and len(made["train"]["shards"]) > 20
+    found = stream("d")
+    [first, middle, last] = np.split(found, np.flatnonzero(found == byte_tokenizer.eot_token)[1:])
+    assert byte_tokenizer.decode(middle[1:]) == text
+    assert np.array_equal(np.concatenate([first, last]), ids_of(byte_tokenizer, DOCS[:2]))
+
+
+# --- an unfinished run
+
+
+@pytest.fixture
+def unfinished(here, vocabulary, monkeypatch, capsys):
+    """Flags of a run that died in the midst; its journal is younger than each batch of three documents."""
+    monkeypatch.setattr(prepare_fineweb, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
+    monkeypatch.setattr(prepare_fineweb, "LOCK_SECONDS", 0)
+    write_jsonl("a.jsonl", DOCS)
+    options = ["--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1]
+    options += ["--shard_tokens", 500, "--out_dir"]
+    assert command(capsys, *options, "undisturbed")[0] == 0
+
+    def dies(tokenizer, texts):
+        if DOCS[40] in texts:
+            raise KeyboardInterrupt
+        return encode(tokenizer, texts)
+
+    encode = engines.encode
+    with monkeypatch.context() as m:
+        m.setattr(engines, "encode", dies)
+        code, err = command(capsys, *options, "d")
+        assert code == 130 and err.endswith("interrupted; the same command goes on from here\n")
+    assert Path("d", prepare_fineweb.JOURNAL).exists() and not Path("d", MANIFEST).exists()
+    return [*options, "d"]
+
+
+def test_an_unfinished_run_goes_on(unfinished, capsys, monkeypatch):
+    """Bug: begun anew, which after a night is as bad as an error."""
+    seen, encode = [], engines.encode
+    monkeypatch.setattr(engines, "encode", lambda tokenizer, texts: seen.extend(texts) or encode(tokenizer, texts))
+    code, err = command(capsys, *unfinished)
+    assert code == 0 and "going on after" in err and seen == DOCS[39:]
+    for suffix in "", "_val":
+        assert contents(f"d{suffix}") == contents(f"undisturbed{suffix}")
+
+
+def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
+    """Bug: shards whose first half was made with other settings than the second."""
+    before = contents("d")
+    for change, says in [
+        (["--shard_tokens", 700], ["shard_tokens there 500, now 700"]),
+        (["--val_share", 0.3], ["val_share there 0.15, now 0.3"]),
+        (["--dedup"], ["dedup there False, now True"]),
+        (["--text_column", "id"], ["text_column there 'text', now 'id'"]),
+    ]:
+        line = refused(capsys, *unfinished, *change)
+        assert all(word in line for word in ["was begun otherwise", "--restart", *says]), line
+    assert contents("d") == before
+    assert command(capsys, *unfinished, "--shard_tokens", 700, "--restart")[0] == 0
+    assert json.loads(Path("d", MANIFEST).read_text())["arguments"]["shard_tokens"] == 700
+    assert command(capsys, *unfinished, "--restart")[0] == 0  # also of what is complete
+    assert contents("d") == contents("undisturbed")
+
+
+@pytest.mark.parametrize("what", ["cut", "no splits", "a text for a number", "tokens gone", "shard gone", "shard cut"])
+def test_a_journal_that_cannot_be_right_is_refused(what, unfinished, capsys):
+    """Bugs: tracebacks; shards with a hole where tokens were lost."""
+    path = Path("d", prepare_fineweb.JOURNAL)
+    journal = json.loads(path.read_text())
+    if what == "cut":
+        path.write_text(path.read_text()[:99])
+    elif what == "no splits":
+        path.write_text(json.dumps({k: v for k, v in journal.items() if k != "splits"}))
+    elif what == "a text for a number":
+        journal["splits"]["train"]["writer"]["filled"] = "many"
+        path.write_text(json.dumps(journal))
+    elif what == "tokens gone":
+        Path("d", ".fineweb_train.unfinished").write_bytes(b"x")
+    elif what == "shard gone":
+        Path("d", "fineweb_train_000001.npy").unlink()
+    else:
+        Path("d", "fineweb_train_000001.npy").write_bytes(b"x")
+    line = refused(capsys, *unfinished)
+    assert "d/" in line and ("damaged" in line or "--restart" in line or "not JSON" in line), line
+    assert command(capsys, *unfinished, "--restart")[0] == 0
+    assert contents("d") == contents("undisturbed")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no flock")
+def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
+    """Bug: both append to the same unfinished shard."""
+    with prepare_fineweb.alone(prepare_fineweb.split_directories("d")):
+        assert "another process is preparing it" in refused(capsys, *unfinished)
+    assert command(capsys, *unfinished)[0] == 0
+
+
 # --- the same command again
 
 

@@ -1,6 +1,6 @@
 """Runs scripts again and again for the tests of faults without importing torch each time: a child per run.
 
-Reads requests, one JSON object a line, on stdin: {"script", "argv", "set": {constant of the script: value},
+Reads requests, one JSON object a line, on stdin: {"script", "argv", "set": {"module.CONSTANT": value},
 "output": path, "directory", "at", "how", "kill_after"}, and answers each on stdout: {"code": exit code or minus the
 signal's number, "calls": of file-system calls counted}.
 `how` is one of faults.c's: 0 count, 1 kill at call `at`, 2 disk full from there on. After
@@ -18,13 +18,14 @@ import time
 import pyarrow.parquet  # noqa: F401 (imported late, where it is needed)
 import torch._dynamo  # noqa: F401 (every optimizer imports it: two seconds that the children need not spend)
 
+import journal
 import prepare_fineweb
 import train
 from errors import run
 from files import write_whole
 
 train.draw = lambda r: None  # pictures would take most of the time
-prepare_fineweb.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
+journal.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
 
 
 def child(request, reply):
@@ -34,7 +35,9 @@ def child(request, reply):
     if request["directory"]:
         faults.faults_arm(request["directory"].encode(), ctypes.c_long(request["at"]), request["how"])
     code, script = 1, {"train": train, "prepare_fineweb": prepare_fineweb}[request["script"]]
-    vars(script).update(request["set"])
+    for name, value in request["set"].items():
+        module, constant = name.split(".")
+        setattr(sys.modules[module], constant, value)
     try:
         code = run(lambda: script.main(request["argv"]))
     except BaseException:

@@ -21,6 +21,7 @@ import pytest
 
 import demo_corpus
 import engines
+import journal
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify
 from errors import UserError, run
@@ -44,7 +45,7 @@ def vocabulary(byte_tokenizer, tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty working directory; no pictures, which take longer than all the rest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(journal, "draw_lengths", lambda lengths, path: None)
     return tmp_path
 
 
@@ -190,7 +191,7 @@ def test_ids_that_do_not_fit_never_wrap():
 
 
 def skipped(**counts):
-    return dict.fromkeys(prepare_fineweb.REASONS, 0) | counts
+    return dict.fromkeys(journal.REASONS, 0) | counts
 
 
 def test_policies_are_applied_and_counted(here, vocabulary, byte_tokenizer):
@@ -457,9 +458,9 @@ def test_a_document_of_50_megabytes_is_one_document(here, vocabulary, byte_token
 @pytest.fixture
 def unfinished(here, vocabulary, monkeypatch, capsys):
     """Flags of a run that died in the midst; its journal is younger than each batch of three documents."""
-    monkeypatch.setattr(prepare_fineweb, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0)
     monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
-    monkeypatch.setattr(prepare_fineweb, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(journal, "LOCK_SECONDS", 0)
     write_jsonl("a.jsonl", DOCS)
     options = ["--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1]
     options += ["--shard_tokens", 500, "--out_dir"]
@@ -475,7 +476,7 @@ def unfinished(here, vocabulary, monkeypatch, capsys):
         m.setattr(engines, "encode", dies)
         code, err = command(capsys, *options, "d")
         assert code == 130 and err.endswith("interrupted; the same command goes on from here\n")
-    assert Path("d", prepare_fineweb.JOURNAL).exists() and not Path("d", MANIFEST).exists()
+    assert Path("d", journal.JOURNAL).exists() and not Path("d", MANIFEST).exists()
     return [*options, "d"]
 
 
@@ -510,15 +511,15 @@ def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
 @pytest.mark.parametrize("what", ["cut", "no splits", "a text for a number", "tokens gone", "shard gone", "shard cut"])
 def test_a_journal_that_cannot_be_right_is_refused(what, unfinished, capsys):
     """Bugs: tracebacks; shards with a hole where tokens were lost."""
-    path = Path("d", prepare_fineweb.JOURNAL)
-    journal = json.loads(path.read_text())
+    path = Path("d", journal.JOURNAL)
+    saved = json.loads(path.read_text())
     if what == "cut":
         path.write_text(path.read_text()[:99])
     elif what == "no splits":
-        path.write_text(json.dumps({k: v for k, v in journal.items() if k != "splits"}))
+        path.write_text(json.dumps({k: v for k, v in saved.items() if k != "splits"}))
     elif what == "a text for a number":
-        journal["splits"]["train"]["writer"]["filled"] = "many"
-        path.write_text(json.dumps(journal))
+        saved["splits"]["train"]["writer"]["filled"] = "many"
+        path.write_text(json.dumps(saved))
     elif what == "tokens gone":
         Path("d", ".fineweb_train.unfinished").write_bytes(b"x")
     elif what == "shard gone":
@@ -534,7 +535,7 @@ def test_a_journal_that_cannot_be_right_is_refused(what, unfinished, capsys):
 @pytest.mark.skipif(os.name == "nt", reason="no flock")
 def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
     """Bug: both append to the same unfinished shard."""
-    with prepare_fineweb.alone(prepare_fineweb.split_directories("d")):
+    with journal.alone(journal.split_directories("d")):
         assert "another process is preparing it" in refused(capsys, *unfinished)
     assert command(capsys, *unfinished)[0] == 0
 
@@ -652,8 +653,8 @@ def test_every_line_of_help_states_its_default():
 
 def test_progress_reports_the_rate_and_the_time_left(capsys):
     """Bug: after a restart, the rate and the time left counted what an earlier run had done."""
-    tally = prepare_fineweb.Tally(documents=1, tokens=6_000_000, text_bytes=24_000_000)
-    for before in None, prepare_fineweb.Tally(documents=1, tokens=5_400_000, text_bytes=22_000_000):
+    tally = journal.Tally(documents=1, tokens=6_000_000, text_bytes=24_000_000)
+    for before in None, journal.Tally(documents=1, tokens=5_400_000, text_bytes=22_000_000):
         progress = prepare_fineweb.Progress(source_bytes=1000)
         progress.start = time.monotonic() - 60
         if before:
@@ -673,12 +674,12 @@ def test_the_lengths_of_documents_are_counted_and_drawn(tmp_path, vocabulary, by
     monkeypatch.chdir(tmp_path)
     write_jsonl("a.jsonl", DOCS)
     made = prepare("d", local_files=["a.jsonl"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
-    picture = Path("d", prepare_fineweb.PICTURE).read_bytes()
+    picture = Path("d", journal.PICTURE).read_bytes()
     assert picture.startswith(b"\x89PNG") and not list(Path("d_val").glob("*.png"))
     for split, texts in zip(("train", "val"), by_hash(DOCS, range(60))):
         expected = {}
         for n in (len(byte_tokenizer.encode(text)) + 1 for text in texts):
-            low = str(max(end for end in prepare_fineweb.LENGTHS if end <= n))
+            low = str(max(end for end in journal.LENGTHS if end <= n))
             expected[low] = expected.get(low, 0) + 1
         assert made[split]["lengths"] == expected
 

@@ -45,7 +45,11 @@ class Job:
             f.writelines(json.dumps({"id": i, "text": text}) + "\n\n" for i, text in enumerate(texts[half:]))
         files = ["--local_files", str(folder / "a.parquet"), str(folder / "b.jsonl.gz")]
         self.argv = [*files, "--tokenizer", str(folder / "tokenizer"), "--val_share", "0.2", "--dedup", *flags]
-        self.constants = {"BATCH_CHARS": 400, "JOURNAL_SECONDS": journal_seconds, "LOCK_SECONDS": 20}
+        self.constants = {
+            "prepare_fineweb.BATCH_CHARS": 400,
+            "journal.JOURNAL_SECONDS": journal_seconds,
+            "journal.LOCK_SECONDS": 20,
+        }
 
     def run(self, name, *more, **how):
         argv = [*self.argv, *more, "--out_dir", str(self.folder / name)]

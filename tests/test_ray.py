@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import engines
+import journal
 import prepare_fineweb
 from errors import UserError, run
 from prepare_fineweb import prepare
@@ -61,7 +62,7 @@ def test_two_ray_workers_one_of_them_killed_make_the_bytes_of_a_local_run(
     """Bugs: results in the order in which they are ready; a batch lost, or taken twice, when its worker dies."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 300_000)
-    monkeypatch.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(journal, "draw_lengths", lambda lengths, path: None)
     byte_tokenizer.save(tmp_path)
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(0, 10**6, rng.integers(10, 30_000)))) for _ in range(60)]

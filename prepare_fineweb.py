@@ -304,19 +304,18 @@ def prepare(
     hub = {"dataset": dataset, "subset": subset, "revision": revision}
     filters, files = Filters(min_score, language), {"local_files": local_files, "val_files": val_files}
     problems = check(numbers, hub, files, filters, val_share, start_method, engine, ray_address)
-    folder = Path(f"{Path(out_dir)}_downloads")
+    directories, folder = split_directories(out_dir), Path(f"{Path(out_dir)}_downloads")
     sources = find_sources(hub, files, text_column, filters.needed(), folder, keep_downloads, problems)
     val_share = None if val_files else VAL_SHARE if val_share is None else val_share
     arguments = {"shard_tokens": shard_tokens, "max_tokens": max_tokens, "val_share": val_share}
     arguments |= {"min_score": min_score, "language": language, "dedup": dedup}
-    directories = split_directories(out_dir)
     tokenizer = load_tokenizer(tokenizer)
     recipe = {split: decisive(source, arguments, tokenizer) for split, source in sources.items()}
     manifests = None if restart else already_prepared(directories, recipe)
+    how = {"name": engine, "num_proc": num_proc, "start_method": start_method, "ray_address": ray_address}
     if manifests:
         print("already prepared, nothing to do")
     else:
-        how = {"name": engine, "num_proc": num_proc, "start_method": start_method, "ray_address": ray_address}
         manifests = fill(directories, sources, recipe, tokenizer, filters, restart, **how)
     summarize(directories, manifests)
     return manifests
@@ -524,7 +523,7 @@ def build_parser():
         type=float,
     )
     add("language", "NAME", "take only rows with NAME in their column language, such as en (default: all)")
-    switch("dedup", "take a text only the first time; about 110 bytes of memory for each document")
+    switch("dedup", "take a text only the first time; about 100 bytes of memory for each document")
     add("tokenizer", "NAME", "folder, tokenizer.json, or model on the hub (default: gpt2)", default="gpt2")
     add("max_tokens", "N", "all ends with the document that reaches N tokens for training (default: no end)", type=int)
     add("shard_tokens", "N", f"tokens per shard (default: {SHARD_TOKENS:,})", type=int, default=SHARD_TOKENS)

@@ -490,6 +490,41 @@ def test_an_unfinished_run_goes_on(unfinished, capsys, monkeypatch):
         assert contents(f"d{suffix}") == contents(f"undisturbed{suffix}")
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_the_journal_speaks_of_nothing_that_a_power_cut_can_take(here, vocabulary, monkeypatch):
+    """Bug: what no kill shows: a journal on the disk before the tokens, digests and shards that it counts."""
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
+    fsync, replace, synced, checked = os.fsync, os.replace, {}, []
+
+    def recorded_fsync(fd):
+        fsync(fd)
+        synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
+
+    def recorded_replace(source, target):
+        source, target = (str(Path(p).absolute()) for p in (source, target))
+        replace(source, target)
+        synced[target] = synced.pop(source)  # KeyError: renamed before it was on the disk
+        if target.endswith(journal.JOURNAL):
+            told = json.loads(Path(target).read_text())
+            assert synced.get(str(here / "d/.digests"), 0) == 16 * told["digests"]
+            for split, directory in ("train", "d"), ("val", "d_val"):
+                writer = told["splits"][split]["writer"]
+                if writer["filled"]:
+                    path = here / directory / f".fineweb_{split}.unfinished"
+                    assert synced[str(path)] == path.stat().st_size == 128 + 2 * writer["filled"]
+                    checked.append(path)
+                for shard in writer["shards"]:
+                    assert synced[str(here / directory / shard["name"])] == 128 + 2 * shard["tokens"]
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    write_jsonl("a.jsonl", DOCS)
+    options = dict(local_files=["a.jsonl"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1, dedup=True)
+    prepare("d", shard_tokens=500, **options)
+    assert len(checked) > 30
+
+
 def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
     """Bug: shards whose first half was made with other settings than the second."""
     before = contents("d")

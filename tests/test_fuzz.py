@@ -525,13 +525,17 @@ def opened(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n", [("a.parquet", 500), ("a.jsonl.gz", 300), ("a.jsonl", 300), ("a.txt", 100)])
+@pytest.mark.parametrize(
+    "name, n", [("a.parquet", 500), ("a.jsonl.gz", 300), ("a.jsonl.zst", 300), ("a.jsonl", 300), ("a.txt", 100)]
+)
 def test_damaged_sources_of_text(tmp_path, tally, name, n):
     """What prepare_fineweb.py reads: its text is somebody else's."""
-    pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
     path, lines = tmp_path / name, b'{"text": "hello"}\n{"text": null}\n\n{"text": "\\ud83d", "n": 5}\n'
     if name == "a.parquet":
         write_parquet(path)
+    elif name == "a.jsonl.zst":
+        path.write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
     else:
         path.write_bytes(gzip.compress(lines, mtime=0) if name.endswith(".gz") else lines)
 

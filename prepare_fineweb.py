@@ -357,7 +357,7 @@ def fill(directories, sources, recipe, tokenizer, filters=TAKE_ALL, restart=Fals
 
 
 def check(numbers, hub, files, filters, val_share, start_method, engine, ray_address):
-    """UserError with everything that is wrong with the arguments themselves; `files` by flag."""
+    """All that is wrong with the arguments themselves, as a list of messages; `files` by flag."""
     problems = [f"--{k} {v}: must be 1 or more" for k, v in numbers.items() if v is not None and v < 1]
     most = {"shard_tokens": MOST_SHARD_TOKENS, "num_proc": MOST_PROCESSES}
     problems += [f"--{k} {numbers[k]}: must be {n:,} or less" for k, n in most.items() if (numbers[k] or 0) > n]

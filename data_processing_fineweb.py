@@ -11,6 +11,7 @@ Shapes: N tokens in all, T = block_size, W windows in an epoch, A micro-steps, B
 import hashlib
 import io
 import mmap
+import os
 import queue
 import re
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import Parser, UserError, run
-from files import read_json, sha256, write_json, write_whole
+from files import read_json, sha256, sync_directory, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -31,6 +32,9 @@ IGNORE = -100  # the target of a position that has none
 HOW_TO_PREPARE = "create shards with `python prepare_fineweb.py`, or name their folder with --data_dir"
 LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # llm.c's (magic, version) -> token type
 LLMC_HEADER = 1024  # bytes: 256 little-endian int32, of which the third is the token count
+OUR_HEADER = 128  # bytes: numpy's header of a .npy with one dimension, however long
+UNFINISHED_SHARD = ".unfinished"  # ends the name of the file that a shard is before it is whole
+WRITE_BUFFER = 2**20  # bytes
 NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
 ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
 RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
@@ -102,16 +106,23 @@ def read_llmc_header(path, f):
 
 
 class ShardWriter:
-    """Documents in, `<prefix>_000000.npy`, ... of `shard_tokens` tokens out, and a manifest last of all."""
+    """Documents in, `<prefix>_000000.npy`, ... of `shard_tokens` tokens out, and a manifest last of all.
 
-    def __init__(self, directory, vocab_size, shard_tokens, prefix="shard"):
+    Tokens go straight into one unfinished file with a hidden name; whole and on the disk, it becomes a shard by
+    being renamed. A writer that is given what `save` returned forgets whatever came later and goes on from there.
+    """
+
+    def __init__(self, directory, vocab_size, shard_tokens, prefix="shard", saved=None):
         self.directory, self.prefix, self.vocab_size = Path(directory), prefix, vocab_size
         self.directory.mkdir(parents=True, exist_ok=True)
         if shard_tokens < 1:
             raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
-        self.buffer = np.empty(shard_tokens, dtype="<u2" if vocab_size <= 2**16 else "<u4")
-        self.filled = self.text_bytes = self.tokens = 0
+        self.shard_tokens, self.dtype = shard_tokens, np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.unfinished, self.file = self.directory / f".{prefix}{UNFINISHED_SHARD}", None
+        self.filled = self.text_bytes = 0
         self.shards = []
+        if saved is not None:
+            self.go_back_to(saved)
 
     def add(self, ids, text_bytes):
         """Appends one document's ids; its `text_bytes` count to the shard in which it begins."""
@@ -121,33 +132,84 @@ class ShardWriter:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"token id outside [0, {self.vocab_size}): {ids.min()} to {ids.max()}")
         self.text_bytes += text_bytes
+        ids = np.ascontiguousarray(ids, self.dtype)
         while ids.size:
-            part = ids[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + part.size] = part
+            part = ids[: self.shard_tokens - self.filled]
+            self.append(part)
             self.filled += part.size
             ids = ids[part.size :]
-            if self.filled == len(self.buffer):
+            if self.filled == self.shard_tokens:
                 self.flush()
 
+    def append(self, part):
+        if self.file is None:
+            self.file = open(self.unfinished, "wb", WRITE_BUFFER)  # noqa: SIM115 (until the shard is whole)
+            self.file.write(bytes(OUR_HEADER))  # room for the header, which holds the number of tokens
+            sync_directory(self.directory)
+        self.file.write(part)
+
     def flush(self):
+        """Makes a shard of what is there, if there is anything."""
         if not self.filled:
             return
-        name = f"{self.prefix}_{len(self.shards):06d}.npy"
-        data = self.buffer[: self.filled]
         header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(data))
-        digest = hashlib.sha256(header.getvalue())
-        digest.update(data)
-        write_whole(self.directory / name, header.getvalue(), data)
-        entry = {"name": name, "tokens": self.filled, "dtype": data.dtype.str, "text_bytes": self.text_bytes}
-        self.shards.append(entry | {"sha256": digest.hexdigest()})
-        self.tokens += self.filled
+        facts = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.filled,)}
+        np.lib.format.write_array_header_1_0(header, facts)
+        self.file.seek(0)
+        self.file.write(header.getvalue())
+        self.sync()
+        self.file.close()
+        self.file, path = None, self.directory / self.name(len(self.shards))
+        os.replace(self.unfinished, path)
+        sync_directory(self.directory)
+        entry = {"name": path.name, "tokens": self.filled, "dtype": self.dtype.str, "text_bytes": self.text_bytes}
+        self.shards.append(entry | {"sha256": sha256(path)})
         self.filled = self.text_bytes = 0
+
+    def name(self, i):
+        return f"{self.prefix}_{i:06d}.npy"
+
+    def sync(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def save(self) -> dict:
+        """Brings all that was added to the disk; returns what another writer needs to go on from here."""
+        if self.file is not None:
+            self.sync()
+        return {"shards": self.shards, "filled": self.filled, "text_bytes": self.text_bytes}
+
+    def go_back_to(self, saved):
+        """Undoes what was done after `save`, up to a crash anywhere. UserError if more than that is missing."""
+        self.shards, self.filled, self.text_bytes = list(saved["shards"]), saved["filled"], saved["text_bytes"]
+        became = self.directory / self.name(len(self.shards))
+        if became.exists():  # what was unfinished then became a shard later
+            os.replace(became, self.unfinished)
+        known = {entry["name"] for entry in self.shards}
+        for path in self.directory.iterdir():
+            if re.fullmatch(rf"{self.prefix}_\d{{6,}}\.npy", path.name) and path.name not in known:
+                path.unlink()
+        need = {self.directory / e["name"]: OUR_HEADER + e["tokens"] * self.dtype.itemsize for e in self.shards}
+        for path, size in need.items():
+            if not path.exists() or path.stat().st_size != size:
+                raise UserError(
+                    f"{path}: was finished with {size:,} bytes, and is so no more; begin anew with --restart"
+                )
+        size = OUR_HEADER + self.filled * self.dtype.itemsize
+        if not self.filled:
+            self.unfinished.unlink(missing_ok=True)
+        elif not self.unfinished.exists() or self.unfinished.stat().st_size < size:
+            raise UserError(f"{self.unfinished}: had {size:,} bytes, and they are gone; begin anew with --restart")
+        else:
+            self.file = open(self.unfinished, "r+b", WRITE_BUFFER)  # noqa: SIM115
+            self.file.truncate(size)
+            self.file.seek(size)
 
     def close(self, **facts) -> dict:
         """Writes the last shard and manifest.json with `facts` in it; returns the manifest."""
         self.flush()
-        manifest = {"format_version": FORMAT_VERSION, **facts, "tokens": self.tokens, "shards": self.shards}
+        tokens = sum(entry["tokens"] for entry in self.shards)
+        manifest = {"format_version": FORMAT_VERSION, **facts, "tokens": tokens, "shards": self.shards}
         write_json(self.directory / MANIFEST, manifest)
         return manifest
 

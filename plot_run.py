@@ -261,14 +261,41 @@ def plot(runs, output, x="tokens") -> Path:
         names = [str(path) for path in runs]
     styles = itertools.cycle(itertools.product(DASHES, COLORS))
     drawn = [{"name": n, "color": c, "dash": d, **read_metrics(path)} for n, (d, c), path in zip(names, styles, files)]
-    picture = io.BytesIO()
-    draw(drawn, x).savefig(picture, format="png")
+    fig = draw(drawn, x)
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, picture.getvalue())
+        save(fig, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from error
     return Path(output)
+
+
+def draw_lengths(splits, ends, output):
+    """A histogram of documents' lengths into the PNG `output`. `splits` has, by name, the numbers of documents by
+    the lower end of their bin, in tokens and as text (JSON's keys); `ends` are the lower ends of all bins, in order."""
+    used = [i for i, end in enumerate(ends) if any(counts.get(str(end)) for counts in splits.values())]
+    edges = ends[used[0] : used[-1] + 2] if used[-1] + 1 < len(ends) else [*ends[used[0] :], 2 * ends[-1]]
+    fig = Figure(figsize=(WIDTH, 4), dpi=DPI, facecolor="white", layout="constrained")
+    ax = fig.add_subplot()
+    for (name, counts), color in zip(splits.items(), COLORS):
+        total = max(1, sum(counts.values()))
+        share = [100 * counts.get(str(edge), 0) / total for edge in edges[:-1]]
+        ax.stairs(share, edges, color=color, linewidth=1.4, label=f"{name}: {total:,} documents")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(number))
+    ax.set_xlabel("tokens in a document, its marker included")
+    ax.set_ylabel("documents (%)")
+    ax.legend(frameon=False)
+    ax.grid(color="#E5E5E5", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, output)
+
+
+def save(fig, output):
+    picture = io.BytesIO()
+    fig.savefig(picture, format="png")
+    write_whole(output, picture.getvalue())
 
 
 def newest_run() -> Path:

@@ -1,7 +1,8 @@
-"""Runs train.py again and again for test_faults.py without importing torch each time: a child per run.
+"""Runs scripts again and again for the tests of faults without importing torch each time: a child per run.
 
-Reads requests, one JSON object a line, on stdin: {"argv", "output": path, "directory", "at", "how", "kill_after"}, and
-answers each on stdout: {"code": exit code or minus the signal's number, "calls": of file-system calls counted}.
+Reads requests, one JSON object a line, on stdin: {"script", "argv", "set": {"module.CONSTANT": value},
+"output": path, "directory", "at", "how", "kill_after"}, and answers each on stdout: {"code": exit code or minus the
+signal's number, "calls": of file-system calls counted}.
 `how` is one of faults.c's: 0 count, 1 kill at call `at`, 2 disk full from there on. After
 `kill_after` seconds the child gets a SIGKILL. Faults need faults.so preloaded into this process.
 """
@@ -14,12 +15,17 @@ import signal
 import sys
 import time
 
+import pyarrow.parquet  # noqa: F401 (imported late, where it is needed)
 import torch._dynamo  # noqa: F401 (every optimizer imports it: two seconds that the children need not spend)
 
+import journal
+import prepare_fineweb
 import train
 from errors import run
+from files import write_whole
 
 train.draw = lambda r: None  # pictures would take most of the time
+journal.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
 
 
 def child(request, reply):
@@ -28,9 +34,12 @@ def child(request, reply):
     faults = ctypes.CDLL(None)
     if request["directory"]:
         faults.faults_arm(request["directory"].encode(), ctypes.c_long(request["at"]), request["how"])
-    code = 1
+    code, script = 1, {"train": train, "prepare_fineweb": prepare_fineweb}[request["script"]]
+    for name, value in request["set"].items():
+        module, constant = name.split(".")
+        setattr(sys.modules[module], constant, value)
     try:
-        code = run(lambda: train.main(request["argv"]))
+        code = run(lambda: script.main(request["argv"]))
     except BaseException:
         import traceback
 

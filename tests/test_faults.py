@@ -32,7 +32,7 @@ pytestmark = [
 
 
 class Server:
-    """Starts train.py as often as it is asked to, on a disk that fails on demand."""
+    """Starts a script as often as it is asked to, on a disk that fails on demand."""
 
     def __init__(self, folder):
         library = folder / "faults.so"
@@ -44,8 +44,13 @@ class Server:
         self.output = folder / "output.txt"
 
     def run(self, config, how=COUNT, at=0, kill_after=None) -> dict:
-        request = {"argv": as_flags(config), "output": str(self.output), "how": how, "at": at}
-        request |= {"directory": config.checkpoint_dir, "kill_after": kill_after}
+        """train.py with the config's flags; faults strike in its checkpoint_dir."""
+        return self.start("train", as_flags(config), config.checkpoint_dir, how, at, kill_after)
+
+    def start(self, script, argv, directory, how=COUNT, at=0, kill_after=None, **constants) -> dict:
+        """Faults strike in what begins like `directory`; `constants` replace those of the script."""
+        request = {"script": script, "argv": argv, "set": constants, "output": str(self.output)}
+        request |= {"directory": str(directory), "how": how, "at": at, "kill_after": kill_after}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline()) | {"output": self.output.read_text()}
 

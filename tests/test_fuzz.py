@@ -34,6 +34,7 @@ import inference
 import plot_run
 import prepare_fineweb
 import runtime
+import sources
 import train as train_module
 from checkpoint import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset, ShardWriter
@@ -517,14 +518,24 @@ def write_parquet(path):
     pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
+def opened(path):
+    files = prepare_fineweb.find_files([str(path)])
+    files.open()
+    return files
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n", [("a.parquet", 500), ("a.jsonl.gz", 300), ("a.jsonl", 300), ("a.txt", 100)])
+@pytest.mark.parametrize(
+    "name, n", [("a.parquet", 500), ("a.jsonl.gz", 300), ("a.jsonl.zst", 300), ("a.jsonl", 300), ("a.txt", 100)]
+)
 def test_damaged_sources_of_text(tmp_path, tally, name, n):
     """What prepare_fineweb.py reads: its text is somebody else's."""
-    pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
     path, lines = tmp_path / name, b'{"text": "hello"}\n{"text": null}\n\n{"text": "\\ud83d", "n": 5}\n'
     if name == "a.parquet":
         write_parquet(path)
+    elif name == "a.jsonl.zst":
+        path.write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
     else:
         path.write_bytes(gzip.compress(lines, mtime=0) if name.endswith(".gz") else lines)
 
@@ -532,7 +543,7 @@ def test_damaged_sources_of_text(tmp_path, tally, name, n):
     @given(damaged(path.read_bytes()))
     def check(content):
         path.write_bytes(content)
-        refusal(lambda: list(prepare_fineweb.batches(prepare_fineweb.find_files([str(path)], "text").rows())))
+        refusal(lambda: list(prepare_fineweb.batches([("train", opened(path))])))
         tally("fuzz cases")
 
     check()
@@ -567,6 +578,10 @@ def command_lines(draw, main):
     return argv
 
 
+def no_hub(*args):
+    raise UserError("no hub here")
+
+
 @pytest.fixture
 def desk(toy, tmp_path, monkeypatch):
     """A working directory with a run, HellaSwag and texts; nothing stands on stdin, and there is no hub."""
@@ -575,7 +590,7 @@ def desk(toy, tmp_path, monkeypatch):
     (tmp_path / "hellaswag.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("a typed line\n"))
     monkeypatch.setattr(inference, "text_waiting", lambda: "")
-    monkeypatch.setattr(prepare_fineweb.HubDataset, "stream", lambda self: [].__iter__())
+    monkeypatch.setattr(sources, "dataset_info", no_hub)
     return tmp_path
 
 
@@ -898,8 +913,8 @@ def test_parquet_with_a_type_that_is_not_implemented(tmp_path, monkeypatch):
         raise pyarrow.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
 
     monkeypatch.setattr("pyarrow.parquet.ParquetFile", fail)
-    files = prepare_fineweb.find_files([str(tmp_path / "a.parquet")], "text")
-    assert "a.parquet: cannot be read (Integers" in refusal(lambda: list(files.rows()))
+    files = opened(tmp_path / "a.parquet")
+    assert "a.parquet: cannot be read (Integers" in refusal(lambda: list(files.rows(0)))
 
 
 @pytest.mark.parametrize("flags", [["--seed", "9" * 20], ["--batch_size", "9" * 4000, "--block_size", "9" * 4000]])

@@ -1,10 +1,12 @@
 """prepare_fineweb.py: the right ids in the right order, whatever the workers, the file format or the accident."""
 
-import errno
+import ast
 import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import data_processing_fineweb
+import demo_corpus
+import engines
+import journal
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify
 from errors import UserError, run
@@ -25,6 +29,7 @@ from prepare_fineweb import prepare, prepare_demo
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_fineweb.__file__).parent
+VAL_SHARE = 0.15
 DOCS = [f"Document {i}. " + "The quick brown fox, naïve 🦊, jumps. " * (i % 7 + 1) for i in range(60)]
 
 
@@ -38,7 +43,9 @@ def vocabulary(byte_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    """An empty working directory; no pictures, which take longer than all the rest."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(journal, "draw_lengths", lambda lengths, path: None)
     return tmp_path
 
 
@@ -48,13 +55,28 @@ def write_jsonl(path, texts, opened=open):
     return str(path)
 
 
+def zstd_open(path, mode):
+    return io.TextIOWrapper(pyarrow.output_stream(path, compression="zstd"))
+
+
 def write_parquet(path, texts, **kwargs):
     table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
     pyarrow.parquet.write_table(table, path, **kwargs)
     return str(path)
 
 
+def by_hash(texts, ids=None, share=VAL_SHARE):
+    """(training texts, validation texts) by the rule, written down once more; without ids by the texts themselves."""
+    split = [], []
+    for text, name in zip(texts, ids or texts):
+        hashed = hashlib.blake2b(str(name).encode(), digest_size=16).digest()
+        split[int.from_bytes(hashed[:8], "little") / 2**64 < share].append(text)
+    return split
+
+
 def ids_of(tokenizer, texts):
+    if not texts:
+        return np.empty(0, int)
     return np.concatenate([[tokenizer.eot_token, *tokenizer.encode(text)] for text in texts])
 
 
@@ -95,15 +117,16 @@ def test_ids_are_tiktokens_with_the_marker_before_each_document(test_data, here)
     reference = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
 
     [path] = (test_data / "corpus" / "val").glob("*.parquet")
-    made = prepare("d", local_files=[str(path)], val_tokens=100_000, shard_tokens=300_000, tokenizer=folder, num_proc=1)
+    made = prepare("d", local_files=[str(path)], val_share=0.1, shard_tokens=300_000, tokenizer=folder, num_proc=1)
     table = pyarrow.parquet.read_table(path)
-    expected = [[50256, *reference.encode_ordinary(text)] for text in table["text"].to_pylist()]
-    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), np.concatenate(expected))
+    for directory, texts in zip(("d", "d_val"), by_hash(table["text"].to_pylist(), table["id"].to_pylist(), 0.1)):
+        expected = [[50256, *reference.encode_ordinary(text)] for text in texts]
+        assert np.array_equal(stream(directory), np.concatenate(expected))
     total = sum(table["token_count"].to_pylist()) + table.num_rows  # counted by those who made the corpus
     assert made["train"]["tokens"] + made["val"]["tokens"] == total
 
 
-@pytest.mark.parametrize("make", ["parquet", "jsonl", "jsonl.gz", "txt", "mixed"])
+@pytest.mark.parametrize("make", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "mixed"])
 def test_every_file_format_gives_the_same_ids(make, here, vocabulary, byte_tokenizer):
     middle = len(DOCS) // 2
     if make == "parquet":
@@ -116,9 +139,11 @@ def test_every_file_format_gives_the_same_ids(make, here, vocabulary, byte_token
         write_parquet("a_1.parquet", DOCS[:middle])
         write_jsonl("a_2.jsonl", DOCS[middle:])
     else:
-        write_jsonl(f"a_1.{make}", DOCS, gzip.open if make.endswith("gz") else open)
-    made = prepare("d", local_files=["a_*"], val_tokens=1000, tokenizer=vocabulary, num_proc=1)
-    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), ids_of(byte_tokenizer, DOCS))
+        write_jsonl(f"a_1.{make}", DOCS, {"jsonl.gz": gzip.open, "jsonl.zst": zstd_open}.get(make, open))
+    ids = None if make == "txt" else [*range(60)] if make.startswith("jsonl") else [*range(30), *range(30)]
+    made = prepare("d", local_files=["a_*"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    for directory, texts in zip(("d", "d_val"), by_hash(DOCS, ids)):
+        assert texts and np.array_equal(stream(directory), ids_of(byte_tokenizer, texts))
     assert sum(m["text_bytes"] for m in made.values()) == sum(len(text.encode()) for text in DOCS)
 
 
@@ -129,11 +154,11 @@ def test_same_bytes_for_any_workers_start_method_and_batch_size(here, vocabulary
 
     def make(name, chars, **kwargs):
         monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", chars)
-        prepare(name, local_files=["*.*"], tokenizer=vocabulary, val_tokens=700, shard_tokens=500, **kwargs)
+        prepare(name, local_files=["*.*"], tokenizer=vocabulary, val_share=VAL_SHARE, shard_tokens=500, **kwargs)
         return contents(name), contents(f"{name}_val")
 
     expected = make("one", 10**6, num_proc=1)
-    assert len(expected[0]) > 4  # shards
+    assert len(expected[0]) > 4 and len(expected[1]) > 2  # shards
     for method in {"fork", "spawn"} & set(prepare_fineweb.multiprocessing.get_all_start_methods()):
         assert make(f"two_{method}", 300, num_proc=2, start_method=method) == expected
     assert make("four", 100, num_proc=4, start_method="spawn" if os.name == "nt" else "fork") == expected
@@ -141,7 +166,7 @@ def test_same_bytes_for_any_workers_start_method_and_batch_size(here, vocabulary
 
 def test_what_is_made_is_what_training_opens(here, vocabulary, byte_tokenizer):
     write_jsonl("a.jsonl", DOCS)
-    made = prepare("d", local_files=["a.jsonl"], val_tokens=500, shard_tokens=1000, tokenizer=vocabulary, num_proc=1)
+    made = prepare("d", local_files=["a.jsonl"], val_share=0.2, shard_tokens=1000, tokenizer=vocabulary, num_proc=1)
     for split, directory in ("train", "d"), ("val", "d_val"):
         data = FineWebDataset(directory, 32, split, byte_tokenizer.vocab_size)
         assert verify(directory) == len(data.shards)
@@ -155,15 +180,19 @@ def test_what_is_made_is_what_training_opens(here, vocabulary, byte_tokenizer):
 def test_ids_that_do_not_fit_never_wrap():
     fake = SimpleNamespace(eot_token=0, vocab_size=70_000)
     fake.encode_arrays = lambda texts: [np.array([69_999], np.uint32) for _ in texts]
-    ids, sizes = prepare_fineweb.encode(fake, ["x", "yé"])
+    ids, sizes, _ = engines.encode(fake, ["x", "yé"])
     assert ids.dtype == np.uint32 and ids.tolist() == [0, 69_999, 0, 69_999]
     assert sizes.tolist() == [[2, 1, 0], [2, 3, 0]]
     fake.vocab_size = 60_000  # a tokenizer that does not keep its word
     with pytest.raises(OverflowError):
-        prepare_fineweb.encode(fake, ["x"])
+        engines.encode(fake, ["x"])
 
 
 # --- what is not ordinary text
+
+
+def skipped(**counts):
+    return dict.fromkeys(journal.REASONS, 0) | counts
 
 
 def test_policies_are_applied_and_counted(here, vocabulary, byte_tokenizer):
@@ -186,19 +215,21 @@ def test_policies_are_applied_and_counted(here, vocabulary, byte_tokenizer):
     assert np.array_equal(stream("d"), ids_of(byte_tokenizer, kept))
     assert np.count_nonzero(stream("d") == byte_tokenizer.eot_token) == len(kept)  # the literal is no boundary
     assert made["train"]["documents"] == len(kept)
-    assert made["train"]["skipped"] == {"none": 2, "empty": 1, "whitespace": 1}
+    assert made["train"]["skipped"] == skipped(none=2, empty=1, whitespace=1)
     assert made["train"]["replaced_surrogates"] == 2
     assert made["train"]["text_bytes"] == sum(len(text.encode()) for text in kept)
-    assert made["val"]["skipped"] == {"none": 0, "empty": 1, "whitespace": 0}
+    assert made["val"]["skipped"] == skipped(empty=1)
     assert made["val"]["documents"] == 1
     assert json.loads(Path("d", MANIFEST).read_text()) == made["train"]
 
 
 def test_null_text_in_parquet_is_skipped(here, vocabulary, byte_tokenizer):
     write_parquet("a.parquet", ["v" * 50, None, "b\0", "<|endoftext|>", ""])
-    made = prepare("d", local_files=["a.parquet"], val_tokens=1, tokenizer=vocabulary, num_proc=1)
-    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, ["b\0", "<|endoftext|>"]))
-    assert made["train"]["skipped"] == {"none": 1, "empty": 1, "whitespace": 0}
+    Path("val.txt").write_text("validation")
+    files = dict(local_files=["a.parquet"], val_files=["val.txt"])
+    made = prepare("d", **files, tokenizer=vocabulary, num_proc=1)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, ["v" * 50, "b\0", "<|endoftext|>"]))
+    assert made["train"]["skipped"] == skipped(none=1, empty=1)
 
 
 @pytest.mark.parametrize(
@@ -236,19 +267,82 @@ def test_parquet_without_the_column_or_with_numbers(here, vocabulary, capsys):
 
 def test_limits_fall_on_document_borders_and_documents_cross_shards(here, vocabulary, byte_tokenizer):
     write_jsonl("a.jsonl", DOCS)
-    lengths = [len(byte_tokenizer.encode(text)) + 1 for text in DOCS]
-    val = next(i for i in range(len(DOCS)) if sum(lengths[:i]) >= 300)
-    train = next(i for i in range(val, len(DOCS)) if sum(lengths[val:i]) >= 1000)
-    made = prepare(
-        "d", local_files=["a.jsonl"], val_tokens=300, max_tokens=1000, shard_tokens=64, tokenizer=vocabulary, num_proc=1
-    )
-    assert np.array_equal(stream("d_val"), ids_of(byte_tokenizer, DOCS[:val]))
-    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, DOCS[val:train]))
-    assert [s["tokens"] for s in made["train"]["shards"]] == [64] * (sum(lengths[val:train]) // 64) + [
-        sum(lengths[val:train]) % 64
-    ]
-    assert made["train"]["arguments"] == {"shard_tokens": 64, "max_tokens": 1000, "val_tokens": 300}
-    assert max(lengths) > 64
+    lengths = {text: len(byte_tokenizer.encode(text)) + 1 for text in DOCS}
+    train, _ = by_hash(DOCS, range(60))
+    n = next(i for i in range(len(train)) if sum(lengths[text] for text in train[:i]) >= 1000)
+    _, val = by_hash(DOCS[: DOCS.index(train[n - 1])], range(60))
+    options = dict(local_files=["a.jsonl"], shard_tokens=64, tokenizer=vocabulary, num_proc=1)
+    made = prepare("d", val_share=VAL_SHARE, max_tokens=1000, **options)
+    assert val and np.array_equal(stream("d_val"), ids_of(byte_tokenizer, val))
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, train[:n]))
+    total = sum(lengths[text] for text in train[:n])
+    assert [s["tokens"] for s in made["train"]["shards"]] == [64] * (total // 64) + [total % 64]
+    said = {"shard_tokens": 64, "max_tokens": 1000, "val_share": VAL_SHARE}
+    assert made["train"]["arguments"] == said | {"min_score": None, "language": None, "dedup": False}
+    assert max(lengths.values()) > 64
+
+
+def test_validation_documents_do_not_depend_on_how_much_is_prepared(here, vocabulary):
+    """Bug: with the first N tokens as validation, a larger preparation trained on what a smaller one validated on."""
+    write_jsonl("a.jsonl", DOCS[:30])
+    write_jsonl("b.jsonl", DOCS)
+    options = dict(val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    prepare("all", local_files=["b.jsonl"], **options)
+    for name, how in ("half", dict(local_files=["a.jsonl"])), ("part", dict(local_files=["b.jsonl"], max_tokens=2000)):
+        prepare(name, **how, **options)
+        for suffix in "", "_val":
+            less, more = stream(name + suffix), stream(f"all{suffix}")
+            assert len(less) < len(more) and np.array_equal(less, more[: len(less)])
+
+
+def test_exact_duplicates_are_dropped_over_files_and_splits(here, vocabulary, byte_tokenizer):
+    """Bugs: a text seen in training again in validation; duplicates found within a batch only."""
+    write_jsonl("a.jsonl", [*DOCS[:20], *DOCS[5:9]])
+    write_parquet("b.parquet", [*DOCS[10:40], DOCS[0] + " "])
+    options = dict(local_files=["a.jsonl", "b.parquet"], tokenizer=vocabulary, num_proc=1, val_share=VAL_SHARE)
+    made = prepare("d", dedup=True, **options)
+    assert sum(m["skipped"]["duplicate"] for m in made.values()) == 14
+    texts, ids = [*DOCS[:40], DOCS[0] + " "], [*range(20), *range(10, 31)]
+    for directory, expected in zip(("d", "d_val"), by_hash(texts, ids)):
+        assert np.array_equal(stream(directory), ids_of(byte_tokenizer, expected))
+    assert sum(m["documents"] for m in prepare("e", **options).values()) == 55
+    assert not list(here.glob("*/.*"))
+
+
+SCORED = [("en", 3.5), ("en", 2.0), ("de", 4.0), ("en", None), (None, 5.0), ("en", 3.0), ("en", float("nan"))]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_filters_take_what_they_say_and_count_the_rest(kind, here, vocabulary, byte_tokenizer):
+    """Bugs: a null score taken for a good one; what was left out not counted."""
+    rows = [{"text": f"text {i}", "language": lang, "score": x} for i, (lang, x) in enumerate(SCORED)]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
+    else:
+        Path("a.jsonl").write_text(
+            "".join(json.dumps({k: v for k, v in r.items() if v is not None}) + "\n" for r in rows)
+        )
+    write_jsonl("plain.jsonl", ["validation"])
+    Path("val.jsonl").write_text(json.dumps({"text": "v", "language": "en", "score": 9}))
+    options = dict(local_files=[f"a.{kind}"], val_files=["val.jsonl"], tokenizer=vocabulary, num_proc=1)
+    made = prepare("d", min_score=3, language="en", **options)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, ["text 0", "text 5"]))
+    assert made["train"]["skipped"] == skipped(language=2, no_score=1, low_score=2)
+    assert prepare("e", min_score=3, **options)["train"]["documents"] == 4
+    assert prepare("f", language="en", **options)["train"]["documents"] == 5
+
+
+def test_int_score_serves_where_there_is_no_score_and_no_column_is_an_error(here, vocabulary, capsys):
+    table = {"text": ["a", "b", "c"], "int_score": [2, 3, 4], "id": ["x", "y", "z"]}
+    pyarrow.parquet.write_table(pyarrow.table(table), "a.parquet")
+    Path("val.jsonl").write_text('{"text": "v", "score": 9}')
+    options = ["--local_files", "a.parquet", "--val_files", "val.jsonl", "--tokenizer", vocabulary, "--num_proc", 1]
+    assert command(capsys, *options, "--min_score", 2.5)[0] == 0
+    assert json.loads(Path("edu_fineweb10B", MANIFEST).read_text())["documents"] == 2
+    line = refused(capsys, *options, "--language", "en", "--out_dir", "e")
+    assert "no column language, but" in line and "int_score" in line
+    pyarrow.parquet.write_table(pyarrow.table(table | {"score": ["good"] * 3}), "a.parquet")
+    assert "row 1: the score is of type str" in refused(capsys, *options, "--min_score", 2.5, "--out_dir", "e")
 
 
 def test_validation_files_go_to_validation_as_a_whole(here, vocabulary, byte_tokenizer):
@@ -259,13 +353,18 @@ def test_validation_files_go_to_validation_as_a_whole(here, vocabulary, byte_tok
     assert np.array_equal(stream("d_val"), ids_of(byte_tokenizer, DOCS[30:]))
 
 
-def test_a_corpus_that_is_all_validation_is_refused(here, vocabulary, capsys):
+def test_a_split_without_documents_is_refused_and_can_be_mended(here, vocabulary, capsys):
+    """Bug: what was refused could not be asked for otherwise: the journal held on to the first wish."""
     write_jsonl("a.jsonl", DOCS)
-    line = refused(capsys, "--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
-    assert "nothing is left to train on" in line and "--val_tokens" in line
+    options = ("--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
+    line = refused(capsys, *options, "--val_share", 1e-9)
+    assert "none of the 60 documents went to validation" in line and "--val_share" in line and "for example 0.2" in line
+    line = refused(capsys, *options, "--val_share", 1 - 1e-9)
+    assert "nothing is left to train on" in line and "--val_share" in line
+    assert command(capsys, *options, "--val_share", VAL_SHARE)[0] == 0
     write_jsonl("a.jsonl", ["", None])
-    line = refused(capsys, "--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
-    assert "no document" in line
+    line = refused(capsys, *options, "--out_dir", "e")
+    assert "no document" in line and "1 none, 1 empty" in line
 
 
 # --- accidents
@@ -273,17 +372,17 @@ def test_a_corpus_that_is_all_validation_is_refused(here, vocabulary, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
 def test_a_killed_worker_is_an_error_within_seconds(here, vocabulary, capsys, monkeypatch):
-    encode = prepare_fineweb.encode
+    encode = engines.encode
 
     def dies(tokenizer, texts):
         if any(text.startswith("Document 31.") for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(tokenizer, texts)
 
-    monkeypatch.setattr(prepare_fineweb, "encode", dies)
+    monkeypatch.setattr(engines, "encode", dies)
     monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 100)
     write_jsonl("a.jsonl", DOCS)
-    options = ("--local_files", "a.jsonl", "--val_tokens", 100, "--tokenizer", vocabulary, "--num_proc", 2)
+    options = ("--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 2)
     start = time.monotonic()
     line = refused(capsys, *options, "--start_method", "fork")
     assert time.monotonic() - start < 60  # seconds on an idle machine; a hang has no end
@@ -316,27 +415,165 @@ def test_workers_leave_when_their_parent_is_killed(here, vocabulary):
     assert len(children.split()) >= 3 and not alive(children.split())
 
 
-def test_a_full_disk_leaves_no_manifest_and_a_rerun_begins_anew(here, vocabulary, capsys, monkeypatch, byte_tokenizer):
+def test_leftovers_without_a_journal_are_begun_anew(here, vocabulary, capsys):
+    """Bug: what an older version or a run killed in its first moments left behind became part of the shards."""
     write_jsonl("a.jsonl", DOCS)
-    options = ("--local_files", "a.jsonl", "--val_tokens", 300, "--shard_tokens", 500, "--num_proc", 1)
-    write_whole, written = data_processing_fineweb.write_whole, []
-
-    def full(path, *parts):
-        written.append(path)
-        if len(written) == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write_whole(path, *parts)
-
-    with monkeypatch.context() as m:
-        m.setattr(data_processing_fineweb, "write_whole", full)
-        assert "No space left" in refused(capsys, *options, "--out_dir", "d", "--tokenizer", vocabulary)
-    assert list(Path("d").glob("*.npy")) and not Path("d", MANIFEST).exists()
-    Path("d", "fineweb_train_000777.npy").write_bytes(b"of a longer run")
-    Path("d", ".fineweb_train_000002.npy.4711.tmp").write_bytes(b"half")
-    assert command(capsys, *options, "--out_dir", "d", "--tokenizer", vocabulary)[0] == 0
-    assert command(capsys, *options, "--out_dir", "e", "--tokenizer", vocabulary)[0] == 0
+    Path("d", "tokenizer").mkdir(parents=True)
+    for name in (
+        "fineweb_train_000777.npy",
+        ".fineweb_train_000002.npy.4711.tmp",
+        ".fineweb_train.unfinished",
+        ".digests",
+    ):
+        Path("d", name).write_bytes(b"of a longer run")
+    options = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1)
+    for directory in "d", "e":
+        assert command(capsys, *options, "--out_dir", directory)[0] == 0
     assert contents("d") == contents("e") and contents("d_val") == contents("e_val")
-    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), ids_of(byte_tokenizer, DOCS))
+
+
+@pytest.mark.slow
+def test_a_document_of_50_megabytes_is_one_document(here, vocabulary, byte_tokenizer):
+    """Bugs: cut at a batch or a shard; a batch that is taken for lost because it takes long."""
+    line = "The quick brown fox, naïve 🦊, jumps.\n"
+    text = line * 1_250_000
+    assert len(text.encode()) > 50e6
+    write_parquet("a.parquet", [DOCS[0], text, DOCS[1]])
+    write_jsonl("val.jsonl", DOCS[2:3])
+    options = dict(local_files=["a.parquet"], val_files=["val.jsonl"], tokenizer=vocabulary, num_proc=1)
+    made = prepare("d", shard_tokens=10**6, **options)
+    assert made["train"]["documents"] == 3 and len(made["train"]["shards"]) > 20
+    of_text = np.tile(byte_tokenizer.encode(line), 1_250_000)  # a line ends where a token ends
+    expected = [
+        ids_of(byte_tokenizer, DOCS[:1]),
+        [byte_tokenizer.eot_token],
+        of_text,
+        ids_of(byte_tokenizer, DOCS[1:2]),
+    ]
+    assert np.array_equal(stream("d"), np.concatenate(expected))
+
+
+# --- an unfinished run
+
+
+@pytest.fixture
+def unfinished(here, vocabulary, monkeypatch, capsys):
+    """Flags of a run that died in the midst; its journal is younger than each batch of three documents."""
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
+    monkeypatch.setattr(journal, "LOCK_SECONDS", 0)
+    write_jsonl("a.jsonl", DOCS)
+    options = ["--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1]
+    options += ["--shard_tokens", 500, "--out_dir"]
+    assert command(capsys, *options, "undisturbed")[0] == 0
+
+    def dies(tokenizer, texts):
+        if DOCS[40] in texts:
+            raise KeyboardInterrupt
+        return encode(tokenizer, texts)
+
+    encode = engines.encode
+    with monkeypatch.context() as m:
+        m.setattr(engines, "encode", dies)
+        code, err = command(capsys, *options, "d")
+        assert code == 130 and err.endswith("interrupted; the same command goes on from here\n")
+    assert Path("d", journal.JOURNAL).exists() and not Path("d", MANIFEST).exists()
+    return [*options, "d"]
+
+
+def test_an_unfinished_run_goes_on(unfinished, capsys, monkeypatch):
+    """Bug: begun anew, which after a night is as bad as an error."""
+    seen, encode = [], engines.encode
+    monkeypatch.setattr(engines, "encode", lambda tokenizer, texts: seen.extend(texts) or encode(tokenizer, texts))
+    code, err = command(capsys, *unfinished)
+    assert code == 0 and "going on after" in err and seen == DOCS[39:]
+    for suffix in "", "_val":
+        assert contents(f"d{suffix}") == contents(f"undisturbed{suffix}")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_the_journal_speaks_of_nothing_that_a_power_cut_can_take(here, vocabulary, monkeypatch):
+    """Bug: what no kill shows: a journal on the disk before the tokens, digests and shards that it counts."""
+    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
+    fsync, replace, synced, checked = os.fsync, os.replace, {}, []
+
+    def recorded_fsync(fd):
+        fsync(fd)
+        synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
+
+    def recorded_replace(source, target):
+        source, target = (str(Path(p).absolute()) for p in (source, target))
+        replace(source, target)
+        synced[target] = synced.pop(source)  # KeyError: renamed before it was on the disk
+        if target.endswith(journal.JOURNAL):
+            told = json.loads(Path(target).read_text())
+            assert synced.get(str(here / "d/.digests"), 0) == 16 * told["digests"]
+            for split, directory in ("train", "d"), ("val", "d_val"):
+                writer = told["splits"][split]["writer"]
+                if writer["filled"]:
+                    path = here / directory / f".fineweb_{split}.unfinished"
+                    assert synced[str(path)] == path.stat().st_size == 128 + 2 * writer["filled"]
+                    checked.append(path)
+                for shard in writer["shards"]:
+                    assert synced[str(here / directory / shard["name"])] == 128 + 2 * shard["tokens"]
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    write_jsonl("a.jsonl", DOCS)
+    options = dict(local_files=["a.jsonl"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1, dedup=True)
+    prepare("d", shard_tokens=500, **options)
+    assert len(checked) > 30
+
+
+def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
+    """Bug: shards whose first half was made with other settings than the second."""
+    before = contents("d")
+    for change, says in [
+        (["--shard_tokens", 700], ["shard_tokens there 500, now 700"]),
+        (["--val_share", 0.3], ["val_share there 0.15, now 0.3"]),
+        (["--dedup"], ["dedup there False, now True"]),
+        (["--text_column", "id"], ["text_column there 'text', now 'id'"]),
+    ]:
+        line = refused(capsys, *unfinished, *change)
+        assert all(word in line for word in ["was begun otherwise", "--restart", *says]), line
+    assert contents("d") == before
+    assert command(capsys, *unfinished, "--shard_tokens", 700, "--restart")[0] == 0
+    assert json.loads(Path("d", MANIFEST).read_text())["arguments"]["shard_tokens"] == 700
+    assert command(capsys, *unfinished, "--restart")[0] == 0  # also of what is complete
+    assert contents("d") == contents("undisturbed")
+
+
+@pytest.mark.parametrize("what", ["cut", "no splits", "a text for a number", "tokens gone", "shard gone", "shard cut"])
+def test_a_journal_that_cannot_be_right_is_refused(what, unfinished, capsys):
+    """Bugs: tracebacks; shards with a hole where tokens were lost."""
+    path = Path("d", journal.JOURNAL)
+    saved = json.loads(path.read_text())
+    if what == "cut":
+        path.write_text(path.read_text()[:99])
+    elif what == "no splits":
+        path.write_text(json.dumps({k: v for k, v in saved.items() if k != "splits"}))
+    elif what == "a text for a number":
+        saved["splits"]["train"]["writer"]["filled"] = "many"
+        path.write_text(json.dumps(saved))
+    elif what == "tokens gone":
+        Path("d", ".fineweb_train.unfinished").write_bytes(b"x")
+    elif what == "shard gone":
+        Path("d", "fineweb_train_000001.npy").unlink()
+    else:
+        Path("d", "fineweb_train_000001.npy").write_bytes(b"x")
+    line = refused(capsys, *unfinished)
+    assert "d/" in line and ("damaged" in line or "--restart" in line or "not JSON" in line), line
+    assert command(capsys, *unfinished, "--restart")[0] == 0
+    assert contents("d") == contents("undisturbed")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no flock")
+def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
+    """Bug: both append to the same unfinished shard."""
+    with journal.alone(journal.split_directories("d")):
+        assert "another process is preparing it" in refused(capsys, *unfinished)
+    assert command(capsys, *unfinished)[0] == 0
 
 
 # --- the same command again
@@ -344,7 +581,7 @@ def test_a_full_disk_leaves_no_manifest_and_a_rerun_begins_anew(here, vocabulary
 
 def test_a_rerun_of_the_same_does_nothing(here, vocabulary, capsys):
     write_jsonl("a.jsonl", DOCS)
-    options = ("--local_files", "a.jsonl", "--val_tokens", "300", "--tokenizer", vocabulary, "--num_proc")
+    options = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc")
     assert command(capsys, *options, 1)[0] == 0
     before = {p: p.stat().st_mtime_ns for p in here.rglob("*")}
     run(lambda: prepare_fineweb.main([str(o) for o in (*options, 2)]))
@@ -357,7 +594,9 @@ def test_a_rerun_of_the_same_does_nothing(here, vocabulary, capsys):
     ("change", "says"),
     [
         (["--shard_tokens", "77"], ["shard_tokens", "77", "100000000"]),
-        (["--val_tokens", "301"], ["val_tokens", "301", "300"]),
+        (["--val_share", "0.2"], ["val_share", "0.2", "0.15"]),
+        (["--min_score", "1"], ["min_score", "None", "1.0"]),
+        (["--dedup"], ["dedup", "False", "True"]),
         (["--max_tokens", "900"], ["max_tokens", "900"]),
         (["--tokenizer", "other"], ["tokenizer", "fingerprint"]),
         (["--local_files", "b.jsonl"], ["source", "a.jsonl", "b.jsonl"]),
@@ -367,13 +606,13 @@ def test_a_rerun_of_the_same_does_nothing(here, vocabulary, capsys):
 def test_a_rerun_made_otherwise_is_refused(change, says, here, vocabulary, capsys):
     write_jsonl("a.jsonl", DOCS)
     write_jsonl("b.jsonl", DOCS)
-    options = ["--local_files", "a.jsonl", "--val_tokens", 300, "--tokenizer", vocabulary, "--num_proc", 1]
+    options = ["--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1]
     assert command(capsys, *options)[0] == 0
     before = contents("edu_fineweb10B")
-    if change[1] == "other":
+    if change[-1] == "other":
         Path("other").mkdir()
-        prepare_fineweb.train_tokenizer(DOCS, 300).save("other")
-    if change[1] == "grown":
+        demo_corpus.train_tokenizer(DOCS, 300).save("other")
+    if change[-1] == "grown":
         write_jsonl("a.jsonl", [*DOCS, "one more"])
         change = []
     line = refused(capsys, *options, *change)
@@ -389,7 +628,7 @@ def test_nothing_is_deleted_from_a_directory_with_other_files(foreign, here, voc
     path.write_text("precious")
     leftover = Path("d", "fineweb_train_000000.npy")
     leftover.write_bytes(b"left")
-    options = ("--local_files", "a.jsonl", "--val_tokens", 300, "--tokenizer", vocabulary, "--num_proc", 1)
+    options = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1)
     line = refused(capsys, *options, "--out_dir", "d")
     assert Path(foreign).parts[0] in line or path.name in line
     assert path.read_text() == "precious" and leftover.exists()
@@ -402,7 +641,8 @@ def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
     write_jsonl("a.jsonl", DOCS)
     line = refused(
         capsys, "--local_files", "nothing_*.parquet", "--val_files", "a.jsonl", "--dataset", "x", "--max_tokens", 0,
-        "--shard_tokens", 0, "--num_proc", -1, "--val_tokens", 0, "--start_method", "sporn", "--tokenizer", vocabulary,
+        "--shard_tokens", 0, "--num_proc", -1, "--val_share", 0, "--start_method", "sporn", "--tokenizer", vocabulary,
+        "--min_score", "nan", "--ray_address", "x",
     )  # fmt: skip
     for word in (
         "nothing_*.parquet",
@@ -410,7 +650,10 @@ def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
         "--max_tokens",
         "--shard_tokens",
         "--num_proc",
-        "--val_tokens",
+        "--val_share 0.0: must lie",
+        "--val_share: not together",
+        "--min_score",
+        "--ray_address",
         "sporn",
     ):
         assert word in line, line
@@ -427,7 +670,7 @@ def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
         (["--local_files", ""], ["no such file"]),
         (["--local_files", "a.jsonl", "--val_files", "./a.json*"], ["a.jsonl", "both"]),
         (["--local_files", "a.jsonl", "--tokenizer", "folder"], ["folder", "tokenizer.json"]),
-        (["--local_files", "a.jsonl", "--out_dir", "a.csv", "--val_tokens", "300"], ["a.csv", "a file"]),
+        (["--local_files", "a.jsonl", "--out_dir", "a.csv", "--val_share", "0.1"], ["a.csv", "a file"]),
         (["--local_files", "a.jsonl", "--demo"], ["--local_files", "--demo"]),
     ],
 )
@@ -445,71 +688,36 @@ def test_every_line_of_help_states_its_default():
 
 
 def test_progress_reports_the_rate_and_the_time_left(capsys):
-    progress = prepare_fineweb.Progress(source_bytes=1000)
-    progress.start = time.monotonic() - 60
-    progress.add(prepare_fineweb.Document(np.zeros(6000, np.uint16), 24_000, 0, None, 500))
-    progress.show()
-    line = capsys.readouterr().err
-    assert line.startswith("1 documents, 0.0M tokens, ") and "tokens/s" in line and "MB/s" in line
-    assert "0:01:00 left" in line or "0:00:59 left" in line
+    """Bug: after a restart, the rate and the time left counted what an earlier run had done."""
+    tally = journal.Tally(documents=1, tokens=6_000_000, text_bytes=24_000_000)
+    for before in None, journal.Tally(documents=1, tokens=5_400_000, text_bytes=22_000_000):
+        progress = prepare_fineweb.Progress(source_bytes=1000)
+        progress.start = time.monotonic() - 60
+        if before:
+            progress.begin({"train": before}, 400)
+        progress.update({"train": tally}, 500)
+        progress.show()
+        line = capsys.readouterr().err
+        assert line.startswith("1 documents, 6.0M tokens, ") and "tokens/s" in line and "MB/s" in line
+        assert re.search("[ ,](9,9..|10,0..) tokens/s" if before else "(99,9..|100,0..) tokens/s", line), line
+        assert re.search("0:0(5:00|4:59) left" if before else "0:0(1:00|0:59) left", line), line
     nothing_known = prepare_fineweb.Progress()
     nothing_known.show()
     assert "left" not in capsys.readouterr().err
 
 
-# --- the hub, played
-
-
-def play_hub(monkeypatch, rows):
-    import datasets
-    import huggingface_hub
-
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return rows() if callable(rows) else rows
-
-    info = SimpleNamespace(sha="c0ffee")
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **kwargs: info)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
-def test_hub_rows_are_streamed_from_one_commit(here, vocabulary, byte_tokenizer, monkeypatch):
-    calls = play_hub(monkeypatch, [{"id": i, "text": text} for i, text in enumerate(DOCS)])
-    made = prepare("d", tokenizer=vocabulary, val_tokens=300, num_proc=1)
-    assert calls == [
-        (("HuggingFaceFW/fineweb-edu", "sample-10BT"), {"split": "train", "revision": "c0ffee", "streaming": True})
-    ]
-    assert np.array_equal(np.concatenate([stream("d_val"), stream("d")]), ids_of(byte_tokenizer, DOCS))
-    source = {"dataset": "HuggingFaceFW/fineweb-edu", "subset": "sample-10BT", "revision": None, "text_column": "text"}
-    assert made["train"]["source"] == source and made["train"]["source_version"] == "c0ffee"
-    assert prepare("d", tokenizer=vocabulary, val_tokens=300, num_proc=1) == made
-    assert len(calls) == 1
-
-
-def test_a_hub_out_of_reach_names_the_alternative(here, vocabulary, capsys, monkeypatch):
-    def unreachable():
-        raise ConnectionError("Couldn't reach the Hub\nand why")
-
-    play_hub(monkeypatch, unreachable)
-    line = refused(capsys, "--tokenizer", vocabulary, "--num_proc", 1)
-    assert "hub" in line and "ConnectionError" in line and "--local_files" in line
-
-    def drops():
-        yield from ({"text": text} for text in DOCS)
-        raise ConnectionError("reset by peer")
-
-    play_hub(monkeypatch, drops)
-    line = refused(capsys, "--dataset", "some/other", "--tokenizer", vocabulary, "--num_proc", 1, "--val_tokens", 100)
-    assert "some/other" in line and "reset by peer" in line
-    assert not Path("edu_fineweb10B", MANIFEST).exists()
-
-
-def test_hub_without_the_column_says_which_there_are(here, vocabulary, capsys, monkeypatch):
-    play_hub(monkeypatch, [{"content": "x", "id": 1}])
-    assert "content, id" in refused(capsys, "--tokenizer", vocabulary, "--num_proc", 1)
+def test_the_lengths_of_documents_are_counted_and_drawn(tmp_path, vocabulary, byte_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl("a.jsonl", DOCS)
+    made = prepare("d", local_files=["a.jsonl"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    picture = Path("d", journal.PICTURE).read_bytes()
+    assert picture.startswith(b"\x89PNG") and not list(Path("d_val").glob("*.png"))
+    for split, texts in zip(("train", "val"), by_hash(DOCS, range(60))):
+        expected = {}
+        for n in (len(byte_tokenizer.encode(text)) + 1 for text in texts):
+            low = str(max(end for end in journal.LENGTHS if end <= n))
+            expected[low] = expected.get(low, 0) + 1
+        assert made[split]["lengths"] == expected
 
 
 # --- the demo corpus
@@ -579,7 +787,7 @@ if True:
         """G."""
 def nothing(): pass
 '''
-    tree = prepare_fineweb.ast.parse(source)
-    assert list(prepare_fineweb.docstrings(tree, "m")) == [
+    tree = ast.parse(source)
+    assert list(demo_corpus.docstrings(tree, "m")) == [
         "m", "Module.", "m.A", "A class.", "m.A.f(self, x=1)", "Indented\n\ntext. ", "m.g(*args)", "G.",
     ]  # fmt: skip

@@ -139,6 +139,10 @@ class TrainConfig:
 
 PRESETS = {
     "gpt2-124m": TrainConfig(),
+    # The same model on half the tokens. What each change gained at small scale: benchmarks/RESULTS.md.
+    "fast-124m": TrainConfig(
+        preset="fast-124m", dropout=0.0, optimizer="muon", lr=2.4e-3, min_lr=2.4e-4, max_steps=76_294
+    ),
     # From nothing, offline, in about two minutes on two cores: Python's own documentation, see prepare_fineweb.
     "demo": TrainConfig(
         preset="demo",

@@ -341,3 +341,21 @@ def test_gpu_sh_in_its_short_form(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(done.stdout, "ours ")[0] > 0 and numbers(done.stdout, "loader, the same windows again")[0] > 0
     assert "tests_model: done" in done.stdout and "tests_train: done" in done.stdout
+
+
+def test_recipes_are_compared_seed_by_seed_and_no_run_is_made_twice(corpus, tmp_path, capsys):
+    """Bugs: a recipe's change does not reach its run, or stays for the next; results are lost or repeated."""
+    import bench_recipe
+
+    flags = ["--data_dir", str(corpus), "--steps", "2", "--processes", "1", "--results", str(tmp_path / "runs")]
+    recipes = ["default", "no dropout", "fast", "fast: qk norm", "fast: whole qkv", "fast: linear to 0"]
+    bench_recipe.main([*flags, "--seeds", "1", "--recipes", *recipes])
+    first = bench_recipe.read_rows(tmp_path / "runs")
+    assert [row["recipe"] for row in first] == recipes
+    assert len({row["val_loss"] for row in first}) == len(recipes), "a recipe that changes nothing"
+    bench_recipe.main([*flags, "--seeds", "1", "2", "--recipes", "default"])
+    rows = bench_recipe.read_rows(tmp_path / "runs")
+    assert rows[: len(first)] == first and [(r["recipe"], r["seed"]) for r in rows[len(first) :]] == [("default", 2)]
+    gain = rows[0]["val_loss"] - rows[1]["val_loss"]
+    assert re.search(rf"no dropout +4,096 +\d\.\d+ +1 +{re.escape(f'{gain:+.4f}')}", capsys.readouterr().out)
+    assert run(lambda: bench_recipe.main([*flags, "--recipes", "none"])) == 2

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -407,6 +408,21 @@ def test_second_ctrl_c_exits_at_once():
     began = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 130
     assert time.monotonic() - began < 50
+
+
+@pytest.mark.parametrize("name", ["edufineweb_{}_{:06d}.npy", "fineweb_{}_{:06d}.bin"])
+def test_shards_of_build_nanogpt_and_of_llm_c_train_unchanged(toy, corpus, tmp_path, name):
+    """Bugs: a header trained on as tokens, validation shards in the same folder trained on, another order."""
+    for split, folder, first in (("train", corpus, 1), ("val", Path(f"{corpus}_val"), 0)):
+        for i, shard in enumerate(sorted(folder.glob("*.npy")), first):
+            tokens, path = numpy.load(shard), tmp_path / "theirs" / name.format(split, i)
+            path.parent.mkdir(exist_ok=True)
+            header = numpy.array([20240520, 1, len(tokens), *[0] * 253], "<i4").tobytes()
+            numpy.save(path, tokens) if path.suffix == ".npy" else path.write_bytes(header + tokens.tobytes())
+    theirs = replace(toy, run_name="theirs", data_dir=str(tmp_path / "theirs"), tokenizer=str(corpus / "tokenizer"))
+    train(replace(toy, max_steps=5))
+    train(replace(theirs, max_steps=5))
+    assert trace(theirs) == trace(toy) and vals(theirs) == vals(toy)
 
 
 def test_second_process_on_one_run_is_refused(toy):

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from errors import UserError
 from files import write_whole
 
+AXES = {"tokens", "seconds"}  # what curves can be drawn against, besides the step
+NO_CURVES = {"kind", "step", "checksum", "samples_seen", "targets", "examples"}
 PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
 
 
@@ -90,7 +92,7 @@ class Tracker:
     def log(self, row):
         if self.log_row is None:
             return
-        values = {f"{row['kind']}/{k}": v for k, v in row.items() if k not in ("kind", "step", "checksum")}
+        values = {k if k in AXES else f"{row['kind']}/{k}": v for k, v in row.items() if k not in NO_CURVES}
         try:
             if row["kind"] == "sample":
                 self.samples.append([row["step"], row["prompt"], row["text"]])

@@ -114,7 +114,8 @@ def test_formulas_survive_markdown(chapter):
 
 
 def test_figures_are_small_and_all_are_shown():
-    text = "".join(CHAPTERS.values()) + (ROOT / "README.md").read_text(encoding="utf-8").replace("docs/figures", "figures")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("docs/figures", "figures")
+    text = "".join(CHAPTERS.values()) + readme
     shown = set(re.findall(r"!\[[^\]]{20,}\]\((figures/\w+\.png)\)", text))
     there = {f"figures/{path.name}" for path in (DOCS / "figures").glob("*.png")}
     assert shown == there and len(there) >= 7

@@ -170,7 +170,8 @@ def report(rows):
     for row in rows:
         losses.setdefault(row["recipe"], {})[row["seed"]] = row
     print(f"{'recipe':52}{'tokens':>12}{'loss':>9}{'seeds':>7}   gain over its base, nats")
-    for recipe, by_seed in losses.items():
+    for recipe in sorted(losses, key=list(RECIPES).index):
+        by_seed = losses[recipe]
         base = losses.get(base_of(recipe), {})
         values = [row["val_loss"] for row in by_seed.values()]
         gains = [

@@ -24,6 +24,7 @@ from errors import Parser, UserError, run
 from files import UNFINISHED, read_json, sha256, sync_directory, write_json
 from model import GPT, GPTConfig
 from muon import Muon
+from runtime import gathered, laid_out_like
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
 
@@ -49,13 +50,8 @@ def snapshot(model, optimizer, keep=True) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def whole(t, keep):
-    t = t.detach()
-    t = t.full_tensor() if is_sharded(t) else t
+    t = gathered(t.detach())
     return t.to("cpu", copy=True).contiguous() if keep else None
-
-
-def is_sharded(t):
-    return hasattr(t, "full_tensor")  # a DTensor; importing it takes a second that most runs need not pay
 
 
 def optimizer_tensors(model, optimizer) -> dict:
@@ -267,15 +263,6 @@ def load_weights(path, model):
     own = model.state_dict()
     tensors = read_tensors(Path(path) / MODEL, {name: t.shape for name, t in own.items()})
     model.load_state_dict({name: laid_out_like(own[name], t) for name, t in tensors.items()})
-
-
-def laid_out_like(own, t):
-    """A whole tensor, sharded over the ranks if `own` is."""
-    if not is_sharded(own):
-        return t
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(t.to(own.device), own.device_mesh, own.placements)
 
 
 def load_model(path=None, device="cpu"):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UserError
+from errors import UserError, one_line
 from tokenizer import FILE, load_tokenizer, replace_surrogates
 
 AHEAD = 3  # batches in flight per process
@@ -157,7 +157,7 @@ def ray_cluster(folder, address):
         try:
             ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise UserError(f"--ray_address {address}: {' '.join(str(error).split())[:200]}") from error
+            raise UserError(f"--ray_address {address}: {one_line(error)}") from error
     try:
         remote, saved = ray.remote(encode_on_ray), ray.put(Path(folder, FILE).read_bytes())
         ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))

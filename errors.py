@@ -18,6 +18,11 @@ class UserError(ValueError):
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def one_line(error) -> str:
+    """What a library raised, for the middle of a message."""
+    return " ".join(str(error).split())[:200]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line too, not a page of usage; flags cannot be abbreviated."""
 

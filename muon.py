@@ -11,6 +11,8 @@ such instructions multiply thirty times more slowly than float32; a test holds t
 import torch
 import torch.distributed as dist
 
+from runtime import gathered, laid_out_like
+
 A, B, C = 3.4445, -4.7750, 2.0315  # steepest at zero, and settling between 0.7 and 1.2 (Jordan et al. 2024)
 
 
@@ -85,14 +87,4 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         average = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
-        direction = p.grad.lerp(average, self.momentum)
-        return direction.full_tensor() if hasattr(direction, "full_tensor") else direction
-
-
-def laid_out_like(p, step):
-    """The rank's own part of a step that every rank has computed, if p is sharded."""
-    if not hasattr(p, "full_tensor"):
-        return step
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(step.to(p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+        return gathered(p.grad.lerp(average, self.momentum))

@@ -89,6 +89,24 @@ def compiles(device) -> bool:
     return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+def is_sharded(t):
+    return hasattr(t, "full_tensor")  # a DTensor; importing it takes a second that most runs need not pay
+
+
+def gathered(t):
+    """The whole tensor, on every rank, which all must call this; itself if it is not sharded."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def laid_out_like(own, t):
+    """This rank's part of a whole tensor that every rank has, if `own` is sharded; else all of it."""
+    if not is_sharded(own):
+        return t
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(t.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None)
+
+
 def autocast(device, dtype):
     """Context in which matrix products run in `dtype` ("float32": as they are)."""
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from data_processing_fineweb import natural
 from download import PART, download, patiently
-from errors import UserError
+from errors import UserError, one_line
 
 COLUMNS = {"id": ("id",), "score": ("score", "int_score"), "language": ("language",)}  # the first that is there
 PARQUET_ROWS = 256  # decoded at a time
@@ -134,10 +134,6 @@ def read_file(path, text_column, needed, skip):
         raise UserError(f"{path}: reading it needs pyarrow; pip install pyarrow") from error
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200]
 
 
 # ---------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 
 from errors import Parser, UserError, run
+from prepare_fineweb import cores
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"
@@ -208,12 +209,10 @@ def parse_args(argv):
         metavar="N",
         help="names per file for the larger input (default: 10)",
     )
-    add("--shard_tokens", type=int, default=5_000_000, metavar="N", help="tokens per shard, which is built in memory "
-        "and would look like growth where it is larger than the input (default: 5,000,000)")  # fmt: skip
+    add("--shard_tokens", type=int, default=5_000_000, metavar="N", help="tokens per shard (default: 5,000,000)")
     add("--tiny", action="store_true", help="2 MB made for the purpose, to see whether everything runs")
     args = parser.parse_args(argv)
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.cores = here if args.cores is None else args.cores
+    args.cores = cores() if args.cores is None else args.cores
     if min(args.cores, args.repeats, args.shard_tokens, args.times - 1) < 1:
         raise UserError("--cores, --repeats and --shard_tokens must be at least 1, --times at least 2")
     if not args.data and not args.tiny:

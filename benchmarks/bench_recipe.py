@@ -69,13 +69,11 @@ RECIPES = {
 }
 
 
-def config_of(recipe, seed, data_dir, checkpoint_dir, steps=STEPS, **shape):
+def config_of(recipe, seed, data_dir, steps):
     """TrainConfig of one run."""
     changes = {k: v for k, v in RECIPES[recipe].items() if k != "patch"}
-    own = dict(max_steps=steps, lr=LR, min_lr=LR / 10, val_tokens=131_072) | SHAPE | MUTE | changes | shape
-    name = f"{recipe} {seed}".replace(":", "").replace(" ", "_").replace(",", "")
-    places = dict(data_dir=data_dir, checkpoint_dir=checkpoint_dir, run_name=name)
-    return replace(train.PRESETS["gpt2-124m"], seed=seed, resume="never", **own, **places)
+    own = dict(max_steps=steps, lr=LR, min_lr=LR / 10, val_tokens=131_072) | SHAPE | MUTE | changes
+    return replace(train.TrainConfig(), seed=seed, data_dir=data_dir, **own)
 
 
 # ---------------------------------------------------------------------------------------
@@ -135,14 +133,11 @@ def one_run(job):
     }
 
 
-def study(names, seeds, processes, results, data_dir, **shape):
+def study(names, seeds, processes, results, data_dir, steps):
     """Runs what is not in the file `results` yet, seed by seed; returns all of its rows."""
     done = {(row["recipe"], row["seed"]) for row in read_rows(results)}
     jobs = [
-        (name, config_of(name, seed, data_dir, "", **shape))
-        for name in names
-        for seed in seeds
-        if (name, seed) not in done
+        (name, config_of(name, seed, data_dir, steps)) for name in names for seed in seeds if (name, seed) not in done
     ]
     if jobs:
         context = multiprocessing.get_context("spawn")
@@ -220,7 +215,7 @@ def main(argv=None):
     if unknown:
         raise UserError(f"no recipe {unknown[0]!r}; there are: {'; '.join(RECIPES)}")
     make_corpus(args.data_dir, args.local_files, args.val_files, args.vocab_size)
-    report(study(args.recipes, args.seeds, args.processes, args.results, args.data_dir, steps=args.steps))
+    report(study(args.recipes, args.seeds, args.processes, args.results, args.data_dir, args.steps))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import gzip
 import json
 import random
 import shutil
-import sys
 
 import numpy as np
 import pyarrow
@@ -14,15 +13,7 @@ import pytest
 
 from data_processing_fineweb import MANIFEST, verify
 from files import sha256
-from test_faults import FULL, KILL, server  # noqa: F401 (a fixture)
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(
-        sys.platform != "linux" or not shutil.which("cc"), reason="faults.c needs Linux and a C compiler"
-    ),
-]
+from test_faults import FULL, KILL, pytestmark, server  # noqa: F401 (its marks, and a fixture)
 
 
 class Job:

@@ -30,6 +30,7 @@ class Metrics:
         """Keeps the rows up to `step`; where it `writes` (one process does), the rest are cut off the file."""
         rows = [row for row in read_rows(path) if row["step"] <= step]
         self.done = {(row["kind"], row["step"]) for row in rows}
+        self.last = {}  # row logged, by kind
         self.vals = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
         self.file = None
         if writes:
@@ -39,6 +40,7 @@ class Metrics:
     def log(self, kind, step, **values) -> dict:
         row = {"kind": kind, "step": step, **values}
         self.done.add((kind, step))
+        self.last[kind] = row
         if kind == "val":
             self.vals[step] = row["loss"]
         if self.file:

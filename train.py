@@ -8,7 +8,6 @@ finite on every rank. Training waits for a checkpoint to be copied, not for the 
 """
 
 import math
-import os
 import subprocess
 import sys
 import time
@@ -42,7 +41,7 @@ from model import GPT, GPTConfig
 from muon import Muon
 from prepare_fineweb import prepare_demo
 from tokenizer import load_tokenizer
-from tracking import Metrics, Progress, Tracker
+from tracking import Metrics, Progress, Tracker, duration
 
 # ---------------------------------------------------------------------------------------
 # Configuration. Every field is a flag.
@@ -668,6 +667,7 @@ def run_to_end(r: Run, stack) -> dict:
     summary = {"run_dir": str(c.run_dir), "signal": 0}
     if r.step >= c.max_steps and not r.due():
         r.progress.say(f"{c.run_dir}: already at step {r.step} of {c.max_steps}")
+        conclude(r)
         return summary | final_values(r)
     if rt.is_main:
         describe(r)
@@ -687,6 +687,8 @@ def run_to_end(r: Run, stack) -> dict:
     if summary["signal"]:
         said = f"signal {summary['signal']}: stopped after step {r.step}, saved in {c.run_dir}; run again to go on"
         r.progress.say(said)
+    else:
+        conclude(r)
     return summary | final_values(r)
 
 
@@ -710,6 +712,24 @@ def introduce(r: Run):
     print(f"run        {c.run_dir}, " + (f"continued at step {r.step}" if r.step else "from the beginning"), flush=True)
     if r.changed:
         print(f"changed    {', '.join(r.changed)}", flush=True)
+
+
+def conclude(r: Run):
+    """What came of a run that has reached its last step, over all its sessions."""
+    r.progress.close()
+    if not r.rt.is_main:
+        return
+    c, rate, known = r.config, r.tokens / max(r.seconds, 1e-9), final_values(r)
+    mfu = rate * r.model.flops_per_token() / ((r.rt.peak_flops() or math.inf) * r.rt.world)
+    epochs = r.samples_seen / r.train_data.n_windows
+    print(f"\nfinished   step {r.step:,}: {r.tokens:,} tokens, {epochs:.2f} epochs, {duration(r.seconds)} of training")
+    print(f"speed      {rate:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else ""))
+    if known["val_loss"] is not None:
+        print(f"validation loss {known['val_loss']:.4f}, perplexity {known['perplexity']:.2f}")
+    if "hellaswag" in r.metrics.last:
+        print(f"HellaSwag  {hellaswag_eval.in_a_line(r.metrics.last['hellaswag'])}")
+    print(f"kept       {c.run_dir}: checkpoints, metrics.jsonl, curves.png")
+    print(f"next       python inference.py --checkpoint {c.run_dir}", flush=True)
 
 
 def parse(argv=None) -> TrainConfig:
@@ -744,11 +764,6 @@ def main(argv=None) -> int:
         ) from error
     if result.get("signal"):
         return 128 + result["signal"]
-    if not config.eval_only and int(os.environ.get("RANK", 0)) == 0:
-        if result["val_loss"] is not None:
-            print(f"\nvalidation loss {result['val_loss']:.4f}, perplexity {result['perplexity']:.2f}")
-        print(f"{result['run_dir']} holds the checkpoints, metrics.jsonl and curves.png")
-        print(f"next: python inference.py --checkpoint {result['run_dir']}")
     return 0
 
 

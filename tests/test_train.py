@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -172,13 +173,30 @@ def test_killed_process_resumes_to_the_same_bits(toy):
     assert vals(toy) == vals(replace(toy, run_name="whole"))
 
 
+def test_last_lines_sum_up_all_sessions(toy, capsys):
+    """Bugs: time and tokens of the last session only; a value of an earlier step; a block after a run cut short."""
+    train(replace(toy, max_steps=10, lr=1e-3))
+    capsys.readouterr()
+    train(toy)
+    said = capsys.readouterr().out
+    rows = list(read_rows(toy.run_dir / "metrics.jsonl"))
+    seconds = max(row["seconds"] for row in rows)
+    [tokens] = re.findall(r"^finished   step 40: ([\d,]+) tokens, 1.96 epochs,", said, re.M)
+    [rate] = re.findall(r"^speed      ([\d,]+) tokens/s$", said, re.M)
+    assert tokens == f"{40 * toy.total_batch_tokens:,}"
+    assert float(rate.replace(",", "")) == pytest.approx(40 * toy.total_batch_tokens / seconds, rel=1e-2)
+    assert said.count(f"\nvalidation loss {vals(toy)[40]:.4f}, perplexity {math.exp(vals(toy)[40]):.2f}\n") == 1
+
+
 def test_finished_run_says_so_and_rewrites_nothing(toy, capsys):
     train(toy)
     before = {p: p.stat().st_mtime_ns for p in toy.run_dir.rglob("*") if p.name not in (".lock", "metrics.jsonl")}
     text = (toy.run_dir / "metrics.jsonl").read_text()
-    capsys.readouterr()
+    first = capsys.readouterr().out
     result = train(toy)
-    assert "already at step 40 of 40" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "already at step 40 of 40" in said
+    assert said[said.index("\nfinished") :] == first[first.index("\nfinished") :], "what came of it, the same again"
     assert result["val_loss"] == vals(toy)[40]
     assert before == {p: p.stat().st_mtime_ns for p in before} and text == (toy.run_dir / "metrics.jsonl").read_text()
 

@@ -179,21 +179,22 @@ def speed_panel(ax, runs, x):
     ax.set_ylim(bottom=0)
 
 
-PANELS = (  # (draws it, the column without which it is left out)
-    (loss_panel, "train", "loss"),
-    (perplexity_panel, "val", "perplexity"),
-    (hellaswag_panel, "hellaswag", "completion_acc_norm"),
-    (lr_panel, "train", "lr"),
-    (speed_panel, "train", "tokens_per_second"),
-)
+PANELS = {  # --only -> (draws it, the column without which it is left out)
+    "loss": (loss_panel, "train", "loss"),
+    "perplexity": (perplexity_panel, "val", "perplexity"),
+    "hellaswag": (hellaswag_panel, "hellaswag", "completion_acc_norm"),
+    "lr": (lr_panel, "train", "lr"),
+    "speed": (speed_panel, "train", "tokens_per_second"),
+}
 
 # ---------------------------------------------------------------------------------------
 # The picture.
 
 
-def draw(runs, x) -> Figure:
+def draw(runs, x, only=PANELS) -> Figure:
     """The first panel over the whole width, the others in rows below it."""
-    panels = [panel for panel, kind, key in PANELS if any(np.isfinite(r[kind][key]).any() for r in runs)]
+    wanted = [PANELS[name] for name in PANELS if name in only]
+    panels = [panel for panel, kind, key in wanted if any(np.isfinite(r[kind][key]).any() for r in runs)]
     if not panels:
         raise UserError(f"{', '.join(r['name'] for r in runs)}: no metrics to draw yet")
     below = len(panels) - 1
@@ -251,8 +252,9 @@ def find_metrics(path) -> tuple[str, Path]:
     return path.resolve().parent.name if path.name == "metrics.jsonl" else path.stem, path
 
 
-def plot(runs, output, x="tokens") -> Path:
-    """Draws runs (directories or metrics.jsonl files) into one PNG over tokens, steps or seconds; returns its path.
+def plot(runs, output, x="tokens", only=PANELS) -> Path:
+    """Draws runs (directories or metrics.jsonl files) into one PNG over tokens, steps or seconds, all panels there
+    are numbers for or `only` some; returns its path.
 
     Raises UserError where a file is missing or malformed, or the picture cannot be written.
     """
@@ -261,7 +263,7 @@ def plot(runs, output, x="tokens") -> Path:
         names = [str(path) for path in runs]
     styles = itertools.cycle(itertools.product(DASHES, COLORS))
     drawn = [{"name": n, "color": c, "dash": d, **read_metrics(path)} for n, (d, c), path in zip(names, styles, files)]
-    fig = draw(drawn, x)
+    fig = draw(drawn, x, only)
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         save(fig, output)
@@ -313,10 +315,12 @@ def main(argv=None):
         "--output", metavar="FILE", help="the picture (default: curves.png beside the first run's metrics)"
     )
     parser.add_argument("--x", choices=AXES, default="tokens", help="horizontal axis (default: tokens)")
+    parser.add_argument("--only", nargs="+", choices=PANELS, default=PANELS, metavar="PANEL",
+                        help=f"of {', '.join(PANELS)} (default: all)")  # fmt: skip
     args = parser.parse_args(argv)
     runs = args.runs or [newest_run()]
     output = args.output or find_metrics(runs[0])[1].with_name("curves.png")
-    print(plot(runs, output, args.x))
+    print(plot(runs, output, args.x, args.only))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ def test_a_panel_without_rows_is_left_out(tmp_path, kinds, names):
     check_png(plot_run.plot([folder], tmp_path / "out.png"))
 
 
+def test_only_some_panels(tmp_path, capsys):
+    folder = make_run(tmp_path / "run", make_rows())
+    few, all_of_them = (
+        check_png(plot_run.plot([folder], tmp_path / "out.png", only=only)) for only in (["loss"], plot_run.PANELS)
+    )
+    assert few[0] == all_of_them[0] and few[1] < all_of_them[1] / 2, "one panel makes a low picture"
+    plot_run.main([str(folder), "--only", "lr", "loss"])
+    assert run(lambda: plot_run.main([str(folder), "--only", "accuracy"])) == 2
+    assert "choose from 'loss', 'perplexity'" in capsys.readouterr().err
+
+
 def test_several_runs(tmp_path):
     """Other lengths and kinds, more runs than colours, equal names, a name with a dollar, a bare file."""
     runs = [make_run(tmp_path / f"{i}" / "same", make_rows(10 + i)) for i in range(8)]

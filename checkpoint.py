@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from errors import Parser, UserError, run
-from files import UNFINISHED, read_json, sha256, sync_directory, write_json
+from files import UNFINISHED, locked, read_json, sha256, sync_directory, write_json
 from model import GPT, GPTConfig
 from muon import Muon
 from runtime import gathered, laid_out_like
@@ -313,34 +313,22 @@ def load_training(path, model, optimizer) -> dict:
 # ---------------------------------------------------------------------------------------
 
 
-class RunLock:
-    """Context in which this process alone writes to a run's directory. The kernel frees it after a crash."""
+@contextmanager
+def run_lock(run_dir):
+    """In it, this process alone writes to a run's directory."""
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+") as f:
 
-    def __init__(self, run_dir):
-        self.path = Path(run_dir) / ".lock"
+        def taken():
+            f.seek(0)
+            return f"{run_dir} is in use by {f.read().strip() or 'another process'}"
 
-    def __enter__(self):
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock; there the lock is not kept
-            return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.seek(0)
-            raise UserError(
-                f"{self.path.parent} is in use by {self.file.read().strip() or 'another process'}"
-            ) from error
-        self.file.truncate(0)
-        who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        print(who, file=self.file, flush=True)
-        return self
-
-    def __exit__(self, *exc):
-        if hasattr(self, "file"):
-            self.file.close()
+        with locked(f, taken):
+            f.truncate(0)
+            who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+            print(who, file=f, flush=True)
+            yield
 
 
 def main(argv=None):

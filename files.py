@@ -1,9 +1,11 @@
-"""Files that are there whole or not at all, whatever happens to the machine meanwhile."""
+"""Files that are there whole or not at all, whatever happens to the machine meanwhile, and locks on them."""
 
 import errno
 import hashlib
 import json
 import os
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from errors import UserError
@@ -39,6 +41,28 @@ def sync_directory(directory):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def locked(file, taken, wait=0.0):
+    """In it, this process alone holds an open file or directory; closing it, or a crash, frees it.
+
+    UserError with the words of `taken()` where another process has held it for `wait` seconds."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; there the lock is not kept
+        yield
+        return
+    give_up = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if time.monotonic() >= give_up:
+                raise UserError(taken()) from error
+            time.sleep(0.1)
+    yield
 
 
 def write_json(path, value):

@@ -18,7 +18,7 @@ from pathlib import Path
 from data_processing_fineweb import MANIFEST, UNFINISHED_SHARD, ShardWriter, find_shards
 from engines import DIGEST_BYTES
 from errors import UserError
-from files import UNFINISHED, read_json, write_json
+from files import UNFINISHED, locked, read_json, write_json
 from tokenizer import FILE
 
 REASONS = ("none", "empty", "whitespace", "language", "no_score", "low_score", "duplicate")  # why a row is skipped
@@ -200,28 +200,16 @@ def errors_of_the_disk(directory):
 
 @contextmanager
 def alone(directories):
-    """In it, this process alone writes there. The kernel frees the lock after a crash. UserError."""
+    """In it, this process alone writes there. UserError if another does, or something else is there."""
     for directory in directories.values():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: a file; name another --out_dir")
     for directory in directories.values():
         directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directories["train"], os.O_RDONLY)
     try:
-        import fcntl
-    except ImportError:  # Windows has no flock; there the lock is not kept
-        yield
-        return
-    fd, give_up = os.open(directories["train"], os.O_RDONLY), time.monotonic() + LOCK_SECONDS
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > give_up:
-                    raise UserError(f"{directories['train']}: another process is preparing it") from error
-                time.sleep(0.1)
-        yield
+        with locked(fd, lambda: f"{directories['train']}: another process is preparing it", LOCK_SECONDS):
+            yield
     finally:
         os.close(fd)
 

@@ -650,7 +650,7 @@ def train(config: TrainConfig) -> dict:
             return evaluate_only(config, rt)
         r = set_up(config, rt)
         if rt.is_main:
-            stack.enter_context(checkpoint.RunLock(config.run_dir))
+            stack.enter_context(checkpoint.run_lock(config.run_dir))
         stack.enter_context(r.signals)
         resume(r)
         r.metrics = Metrics(config.run_dir / "metrics.jsonl", r.step, writes=rt.is_main)

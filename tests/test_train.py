@@ -445,7 +445,7 @@ def test_shards_of_build_nanogpt_and_of_llm_c_train_unchanged(toy, corpus, tmp_p
 
 def test_second_process_on_one_run_is_refused(toy):
     toy.run_dir.mkdir(parents=True)
-    with checkpoint.RunLock(toy.run_dir), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+    with checkpoint.run_lock(toy.run_dir), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
         train(toy)
     train(replace(toy, max_steps=2))  # and free again
 

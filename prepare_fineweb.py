@@ -452,10 +452,8 @@ def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
         manifests = fill(directories, sources, recipe, tokenizer, restart=True, shown=False)
         made = "made"
     train, val = manifests["train"], manifests["val"]
-    print(
-        f"demo corpus {made}: {directory}, {train['documents']:,} documents, {train['tokens']:,} tokens of a "
-        f"vocabulary of {vocab_size:,}; for validation {val['documents']:,} documents, {val['tokens']:,} tokens"
-    )
+    documents, tokens = (f"{train[k]:,} + {val[k]:,} {k}" for k in ("documents", "tokens"))
+    print(f"corpus     {directory} {made}: {documents}, {tokens} (training + validation)")
     return manifests
 
 

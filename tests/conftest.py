@@ -88,6 +88,17 @@ def tally():
     return add
 
 
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: the one that prints is another
+        session.config.workeroutput["counts"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for name, n in getattr(node, "workeroutput", {}).get("counts", {}).items():
+        counts[name] = counts.get(name, 0) + n
+
+
 def pytest_terminal_summary(terminalreporter):
     if counts:
         terminalreporter.write_line(", ".join(f"{name} {n:,}" for name, n in counts.items()))

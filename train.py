@@ -402,7 +402,7 @@ def describe(r: Run):
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     facts = {
         "config": asdict(r.config),
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": git.stdout.strip() or None,
         "versions": runtime.versions(),
         "device": str(r.rt.device),

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from train import PRESETS, TrainConfig
+from tracking import read_rows
+from train import PRESETS, TrainConfig, report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,3 +31,18 @@ def test_every_flag_of_train_it_shows_exists():
     flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command)}
     assert {"preset", "data_dir", "batch_size"} <= flags <= TrainConfig.__dataclass_fields__.keys()
     assert set(re.findall(r"--preset ([\w-]+)", README)) <= PRESETS.keys()
+
+
+def test_results_it_quotes_are_those_of_the_committed_runs():
+    """A run made again under a text, or a line of output, that still tells of the old one."""
+    results = ROOT / "benchmarks" / "results"
+    said = " ".join(README.split())
+    vals = {
+        name: {row["step"]: row for row in read_rows(results / name / "metrics.jsonl") if row["kind"] == "val"}
+        for name in ("demo", "edu-10m", "edu-10m-seed2", "edu-10m-fast600")
+    }
+    printed = re.findall(r"^step (\d+): validation (.*)$", README, re.M)
+    assert len(printed) >= 3 and all(text == report(vals["demo"][int(step)]) for step, text in printed), printed
+    for name, rows in vals.items():
+        first, last = rows[0]["perplexity"], rows[max(rows)]["perplexity"]
+        assert re.search(rf"(?<![\d,.]){first:,.0f}\b", said) and re.search(rf"(?<![\d,.]){last:.1f}\b", said), name

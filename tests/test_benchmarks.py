@@ -343,6 +343,7 @@ def test_gpu_sh_in_its_short_form(tmp_path):
     assert "tests_model: done" in done.stdout and "tests_train: done" in done.stdout
 
 
+@pytest.mark.slow
 def test_recipes_are_compared_seed_by_seed_and_no_run_is_made_twice(corpus, tmp_path, capsys):
     """Bugs: a recipe's change does not reach its run, or stays for the next; results are lost or repeated."""
     import bench_recipe

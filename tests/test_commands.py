@@ -34,7 +34,8 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "plot_run.py": "",
     "checkpoint.py verify": "",
     "data_processing_fineweb.py verify": "",
-    "docs/figures.py": "--checkpoint checkpoints/edu-10m",
+    # context, the last figure, takes a minute
+    "docs/figures.py": "--checkpoint checkpoints/edu-10m --only rope schedule order decay attention loss",
     "benchmarks/write_samples.py": "--max_new_tokens 4",
     "benchmarks/bench_prepare.py": "--times 2",
     "benchmarks/bench_recipe.py": "--steps 2 --seeds 1 --recipes default fast --vocab_size 512",

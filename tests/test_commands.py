@@ -47,6 +47,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
 INSTEAD = {  # of what stands for the reader's own
     " ...": "",
     "RUN RUN": "checkpoints/demo checkpoints/mine",
+    "checkpoints/edu-10m-seed2 checkpoints/edu-10m-fast600": "checkpoints/cpu-124m",
     "checkpoints/one checkpoints/two": "checkpoints/demo checkpoints/mine",
     "checkpoint.py verify DIR": "checkpoint.py verify checkpoints/demo",
     "fineweb.py verify DIR": "fineweb.py verify my_corpus",

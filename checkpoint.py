@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import Parser, UserError, run
-from files import UNFINISHED, locked, read_json, sha256, sync_directory, write_json
 from model import GPT, GPTConfig
 from muon import Muon
-from runtime import gathered, laid_out_like
+from support.cli import Parser, UserError, run
+from support.files import UNFINISHED, locked, read_json, sha256, sync_directory, write_json
+from support.runtime import gathered, laid_out_like
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import Parser, UserError, run
-from files import read_json, sha256, sync_directory, write_json
+from support.cli import Parser, UserError, run
+from support.files import read_json, sha256, sync_directory, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import UserError, one_line
+from support.cli import UserError, one_line
 from tokenizer import FILE, load_tokenizer, replace_surrogates
 
 AHEAD = 3  # batches in flight per process
@@ -152,8 +152,9 @@ def ray_cluster(folder, address):
         raise UserError(f"--engine ray needs Ray ({error}); pip install ray, the version of the cluster") from error
     reach(address)
     with tempfile.TemporaryDirectory() as code:  # what a worker needs of this repository, which may hold shards too
-        for name in ("engines", "tokenizer", "errors"):
-            Path(code, f"{name}.py").write_bytes(Path(__file__).with_name(f"{name}.py").read_bytes())
+        for name in ("engines.py", "tokenizer.py", "support/__init__.py", "support/cli.py"):
+            Path(code, name).parent.mkdir(exist_ok=True)
+            Path(code, name).write_bytes((Path(__file__).parent / name).read_bytes())
         try:
             ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 
 import checkpoint
 from checkpoint import CONFIG, MODEL
-from errors import Parser, UserError, run
-from files import read_json, sync_directory, write_json, write_whole
 from model import GPT, GPTConfig
-from runtime import DTYPES
+from support.cli import Parser, UserError, run
+from support.files import read_json, sync_directory, write_json, write_whole
+from support.runtime import DTYPES
+from support.tracking import read_rows
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
-from tracking import read_rows
 
 INDEX = "model.safetensors.index.json"
 ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
@@ -545,7 +545,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
+    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
     args = parse_args(argv)
     if args.command == "import":
         out_dir = args.out_dir or Path(checkpoint.DEFAULT_DIR, Path(args.folder).resolve().name)

@@ -41,9 +41,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load_model
-from errors import Parser, UserError, run
-from files import write_whole
-from runtime import autocast, memory_advice, pick
+from support.cli import Parser, UserError, run
+from support.files import write_whole
+from support.runtime import autocast, memory_advice, pick
 from tokenizer import replace_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -564,7 +564,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
+    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
     args = parse_args(argv)
     device, dtype = pick(args.device, args.dtype)
     path = None if args.hf_model else find_checkpoint(args.checkpoint)

@@ -22,9 +22,9 @@ from functools import partial
 import torch
 
 from checkpoint import find_checkpoint, load_model
-from errors import Parser, UserError, run
 from model import KVCache
-from runtime import autocast, keep_freed_memory, memory_advice, pick_device, pick_dtype
+from support.cli import Parser, UserError, run
+from support.runtime import autocast, keep_freed_memory, memory_advice, pick_device, pick_dtype
 
 DEFAULT_PROMPT = "The"
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
@@ -467,7 +467,7 @@ def converse(model, tokenizer, presets, args):
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
+    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
     args = parse_args(argv)
     presets, prompt, device, dtype = resolve(args)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from data_processing_fineweb import MANIFEST, UNFINISHED_SHARD, ShardWriter, find_shards
 from engines import DIGEST_BYTES
-from errors import UserError
-from files import UNFINISHED, locked, read_json, write_json
+from support.cli import UserError
+from support.files import UNFINISHED, locked, read_json, write_json
 from tokenizer import FILE
 
 REASONS = ("none", "empty", "whitespace", "language", "no_score", "low_score", "duplicate")  # why a row is skipped

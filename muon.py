@@ -11,7 +11,7 @@ such instructions multiply thirty times more slowly than float32; a test holds t
 import torch
 import torch.distributed as dist
 
-from runtime import gathered, laid_out_like
+from support.runtime import gathered, laid_out_like
 
 A, B, C = 3.4445, -4.7750, 2.0315  # steepest at zero, and settling between 0.7 and 1.2 (Jordan et al. 2024)
 

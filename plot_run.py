@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from errors import Parser, UserError, run
-from files import write_whole
+from support.cli import Parser, UserError, run
+from support.files import write_whole
 
 WIDTH, DPI = 10, 120  # inches, and pixels in one
 POINTS = 2000  # of a curve at most; more than there are pixels
@@ -308,7 +308,7 @@ def newest_run() -> Path:
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `errors.run` turns into one line and exit code 2."""
+    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
     parser = Parser(description="Draw the curves of one run, or of several for comparison, into a PNG.")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="directory or metrics.jsonl (default: the newest run)")
     parser.add_argument(

@@ -31,10 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_processing_fineweb import MANIFEST, open_shard, permutation
-from demo_corpus import help_topics, library_docstrings, train_tokenizer
-from download import download
 from engines import digest, in_order, open_engine
-from errors import Parser, UserError, run
 from journal import (
     PICTURE,
     alone,
@@ -47,6 +44,9 @@ from journal import (
     split_directories,
 )
 from sources import READERS, HubFiles, Texts, find_files
+from support.cli import Parser, UserError, run
+from support.demo_corpus import help_topics, library_docstrings, train_tokenizer
+from support.download import download
 from tokenizer import load_tokenizer
 
 OUT_DIR, DEMO_DIR = "edu_fineweb10B", "demo_corpus"

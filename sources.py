@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_processing_fineweb import natural
-from download import PART, download, patiently
-from errors import UserError, one_line
+from support.cli import UserError, one_line
+from support.download import PART, download, patiently
 
 COLUMNS = {"id": ("id",), "score": ("score", "int_score"), "language": ("language",)}  # the first that is there
 PARQUET_ROWS = 256  # decoded at a time

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from errors import UserError
+from support.cli import UserError
 
 FILE = "tokenizer.json"
 GPT2_FILES = ("vocab.json", "merges.txt")

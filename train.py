@@ -24,7 +24,6 @@ import checkpoint
 import hellaswag_eval
 import inference
 import plot_run
-import runtime
 from data_processing_fineweb import (
     IGNORE,
     FineWebBatchIterator,
@@ -35,13 +34,14 @@ from data_processing_fineweb import (
     key64,
     refuse_overlap,
 )
-from errors import Parser, UserError, run
-from files import read_json, write_json
 from model import GPT, GPTConfig
 from muon import Muon
 from prepare_fineweb import prepare_demo
+from support import runtime
+from support.cli import Parser, UserError, run
+from support.files import read_json, write_json
+from support.tracking import Metrics, Progress, Tracker, duration
 from tokenizer import load_tokenizer
-from tracking import Metrics, Progress, Tracker, duration
 
 # ---------------------------------------------------------------------------------------
 # Configuration. Every field is a flag.

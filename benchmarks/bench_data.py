@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from data_processing_fineweb import FineWebBatchIterator, FineWebDataLoader, FineWebDataset
-from errors import Parser, UserError, run
-from runtime import pick_device, versions
+from support.cli import Parser, UserError, run
+from support.runtime import pick_device, versions
 
 ROWS, STEPS_ALIKE, VOCAB = 16, 4, 50257  # of a micro-batch; micro-steps; ids below it
 TARGET = 0.01  # of a training step, that reading may take

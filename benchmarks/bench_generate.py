@@ -27,9 +27,9 @@ from bench_hellaswag import timed
 import export_hf
 import inference
 from checkpoint import load_model
-from errors import Parser, UserError, run
 from model import GPT, GPTConfig
-from runtime import DTYPES, autocast, pick, versions
+from support.cli import Parser, UserError, run
+from support.runtime import DTYPES, autocast, pick, versions
 
 READ_BYTES = 2**29  # far more than caches hold
 SIDE = 2048  # of the square matrices

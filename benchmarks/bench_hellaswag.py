@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 import hellaswag_eval
-from errors import Parser, UserError, run
 from model import GPT, GPTConfig
-from runtime import autocast, pick, versions
+from support.cli import Parser, UserError, run
+from support.runtime import autocast, pick, versions
 from tokenizer import load_tokenizer
 
 

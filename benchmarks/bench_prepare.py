@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-from errors import Parser, UserError, run
 from prepare_fineweb import cores
+from support.cli import Parser, UserError, run
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"

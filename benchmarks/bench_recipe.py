@@ -26,10 +26,10 @@ import torch.nn.functional as F
 
 import model
 import train
-from demo_corpus import train_tokenizer
-from errors import Parser, UserError, run
 from prepare_fineweb import prepare
 from sources import find_files
+from support.cli import Parser, UserError, run
+from support.demo_corpus import train_tokenizer
 
 STEPS = 500  # of 2,048 tokens: 1M tokens, about one for each parameter
 SHAPE = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, batch_size=16, total_batch_tokens=2048)

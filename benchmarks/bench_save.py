@@ -17,9 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
-from errors import Parser, run
 from model import GPT, GPTConfig
-from runtime import pick_device
+from support.cli import Parser, run
+from support.runtime import pick_device
 
 
 class NoTokenizer:

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import runtime
 import train
 from data_processing_fineweb import Batch
-from errors import Parser, UserError, run
 from model import GPT
+from support import runtime
+from support.cli import Parser, UserError, run
 
 CONTESTANTS = ("ours", "muon", "transformers", "nanogpt")
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}

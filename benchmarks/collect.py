@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from write_samples import write_samples
 
-from errors import Parser, run
 from plot_run import plot
-from tracking import read_rows
+from support.cli import Parser, run
+from support.tracking import read_rows
 
 EVERY = 10
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from checkpoint import find_checkpoint, load_model, step_of
-from errors import Parser, UserError, run
-from files import write_whole
 from inference import PRESETS, Sample, grow
-from runtime import autocast, pick
+from support.cli import Parser, UserError, run
+from support.files import write_whole
+from support.runtime import autocast, pick
 
 PROMPTS = (  # an encyclopedia, a textbook, a recipe of steps, a story, code, and nothing at all
     "The water cycle begins when",

@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from checkpoint import find_checkpoint, load_model
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset
-from errors import Parser, UserError, run
-from files import write_json, write_whole
 from model import GPT, GPTConfig, rope_angles, rotate
 from plot_run import CIRCLE, COLORS, GREY, marked, noisy, number, read_metrics
+from support.cli import Parser, UserError, run
+from support.files import write_json, write_whole
 from train import PRESETS, lr_at
 
 HERE = Path(__file__).parent

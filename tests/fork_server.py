@@ -21,8 +21,8 @@ import torch._dynamo  # noqa: F401 (every optimizer imports it: two seconds that
 import journal
 import prepare_fineweb
 import train
-from errors import run
-from files import write_whole
+from support.cli import run
+from support.files import write_whole
 
 train.draw = lambda r: None  # pictures would take most of the time
 journal.draw_lengths = lambda lengths, path: write_whole(path, b"picture")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import data_processing_fineweb
-from errors import UserError, run
-from runtime import Runtime
+from support.cli import UserError, run
+from support.runtime import Runtime
 from toy import ROOT
 
 NANOGPT = '''

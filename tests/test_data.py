@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data_processing_fineweb as data
-import files
 from data_processing_fineweb import (
     FineWebBatchIterator,
     FineWebDataLoader,
@@ -39,7 +38,8 @@ from data_processing_fineweb import (
     refuse_overlap,
     verify,
 )
-from errors import UserError, run
+from support import files
+from support.cli import UserError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORE = -100

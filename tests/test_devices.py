@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import checkpoint
+from support.tracking import read_rows
 from toy import ROOT, as_flags, losses, start, trace, vals, wait_for_step
-from tracking import read_rows
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import checkpoint
-from errors import run
 from model import GPT, GPTConfig
+from support.cli import run
 from toy import ROOT, spread
 from train import TrainConfig
 

@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, processors
 import checkpoint
 import export_hf
 import inference
-from errors import UserError
 from model import GPT, GPTConfig
+from support.cli import UserError
 from tokenizer import TextTokenizer, load_tokenizer
 from toy import spread
 
@@ -661,7 +661,8 @@ def test_a_hub_that_refuses_or_is_not_there_is_one_line(tmp_path, hub, status):
         hub.server_close()
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "README.md").write_text("a card")
-    code = f"import errors, export_hf; exit(errors.run(lambda: export_hf.push({str(tmp_path / 'hf')!r}, 'a/b')))"
+    push = f"export_hf.push({str(tmp_path / 'hf')!r}, 'a/b')"
+    code = f"import export_hf; from support import cli; exit(cli.run(lambda: {push}))"
     done = in_a_process(hub.server_port, tmp_path, "-c", code)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"hf upload a/b {tmp_path / 'hf'}" in done.stderr and "hf_secret" not in done.stderr

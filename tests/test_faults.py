@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 import checkpoint
-from files import read_json, sha256
+from support.files import read_json, sha256
+from support.tracking import read_rows
 from toy import as_flags, trace
-from tracking import read_rows
 
 HERE = Path(__file__).parent
 COUNT, KILL, FULL = 0, 1, 2  # as in faults.c

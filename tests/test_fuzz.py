@@ -28,19 +28,18 @@ from hypothesis import strategies as st
 
 import checkpoint
 import data_processing_fineweb as data
-import files
 import hellaswag_eval
 import inference
 import plot_run
 import prepare_fineweb
-import runtime
 import sources
 import train as train_module
 from checkpoint import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset, ShardWriter
-from errors import UserError, run
+from support import files, runtime
+from support.cli import UserError, run
+from support.tracking import Metrics
 from tokenizer import load_tokenizer
-from tracking import Metrics
 from train import TrainConfig
 
 SECONDS = 10.0  # for one case; what is slower than that hangs

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, processors
 import checkpoint
 import export_hf
 import hellaswag_eval as hs
-from errors import UserError, run
 from model import GPT, GPTConfig
-from runtime import keep_freed_memory
+from support.cli import UserError, run
+from support.runtime import keep_freed_memory
 from tokenizer import load_tokenizer
 from toy import bytes_only
 

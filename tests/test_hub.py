@@ -18,14 +18,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import download as download_module
 import journal
 import prepare_fineweb
 import sources
 from data_processing_fineweb import MANIFEST, FineWebDataset
-from download import download
-from errors import UserError, run
 from prepare_fineweb import prepare
+from support import download as download_module
+from support.cli import UserError, run
+from support.download import download
 
 ROOT = Path(prepare_fineweb.__file__).parent
 BROKEN = "cut", "stall", "no range cut"

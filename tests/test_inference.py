@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import inference
-from errors import UserError, run
 from inference import PRESETS, Sample, Sampling, TokenDecoder, choose, draw, generate, sample_text
 from model import GPT, GPTConfig
+from support.cli import UserError, run
 from toy import bytes_only
 
 GREEDY, PLAIN = PRESETS["greedy"], Sampling()

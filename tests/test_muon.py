@@ -8,9 +8,9 @@ from torch import nn
 
 import checkpoint
 import train as train_module
-from errors import UserError
 from model import GPT, GPTConfig
 from muon import Muon, orthogonalize
+from support.cli import UserError
 from toy import trace
 from train import train
 

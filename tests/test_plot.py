@@ -13,7 +13,7 @@ import pytest
 
 import hellaswag_eval
 import plot_run
-from errors import UserError, run
+from support.cli import UserError, run
 
 
 @pytest.fixture(autouse=True)

@@ -19,13 +19,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import demo_corpus
 import engines
 import journal
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify
-from errors import UserError, run
 from prepare_fineweb import prepare, prepare_demo
+from support import demo_corpus
+from support.cli import UserError, run
 from tokenizer import load_tokenizer
 
 ROOT = Path(prepare_fineweb.__file__).parent

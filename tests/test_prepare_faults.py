@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from data_processing_fineweb import MANIFEST, verify
-from files import sha256
+from support.files import sha256
 from test_faults import FULL, KILL, pytestmark, server  # noqa: F401 (its marks, and a fixture)
 
 

@@ -13,8 +13,8 @@ import pytest
 import engines
 import journal
 import prepare_fineweb
-from errors import UserError, run
 from prepare_fineweb import prepare
+from support.cli import UserError, run
 from test_prepare import contents, write_parquet
 
 

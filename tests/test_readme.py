@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tracking import read_rows
+from support.tracking import read_rows
 from train import PRESETS, TrainConfig, report
 
 ROOT = Path(__file__).parent.parent

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import checkpoint
-from errors import run
 from inference import PRESETS, sample_text
 from model import GPT, GPTConfig
+from support.cli import run
 from toy import ROOT, spread
 
 

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from errors import UserError
+from support.cli import UserError
 from tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer
 from toy import ROOT
 

@@ -19,10 +19,10 @@ from torch import nn
 
 import checkpoint
 import train as train_module
-from errors import UserError, run
-from files import read_json
+from support.cli import UserError, run
+from support.files import read_json
+from support.tracking import read_rows
 from toy import ROOT, losses, start, trace, vals, wait_for_step
-from tracking import read_rows
 from train import PRESETS, TrainConfig, lr_at, parse, problems, train
 
 # --- the schedule and the arguments

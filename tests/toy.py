@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from support.tracking import read_rows
 from tokenizer import TextTokenizer
-from tracking import read_rows
 from train import PRESETS
 
 ROOT = Path(__file__).parent.parent

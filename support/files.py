@@ -8,7 +8,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from errors import UserError
+from support.cli import UserError
 
 UNFINISHED = ".tmp"  # suffix of a file that is being written
 JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a hostile one stops here

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import UserError
-from files import write_whole
+from support.cli import UserError
+from support.files import write_whole
 
 AXES = {"tokens", "seconds"}  # what curves can be drawn against, besides the step
 NO_CURVES = {"kind", "step", "checksum", "samples_seen", "targets", "examples"}

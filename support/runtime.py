@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from support.cli import UserError
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from the makers' data sheets; first match counts.
 PEAK_FLOPS = [

@@ -10,8 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-from errors import UserError
-from files import sha256, sync_directory
+from support.cli import UserError
+from support.files import sha256, sync_directory
 
 ATTEMPTS = 10  # in a row that bring nothing, before giving up: about five minutes
 LONGEST_PAUSE = 60  # seconds; the pauses are 1, 2, 4, ...

@@ -1,0 +1,1 @@
+"""The machine's part: command line, files, downloads, device and processes, metrics. It imports nothing from above."""

@@ -421,7 +421,7 @@ def test_a_signal_is_obeyed_within_what_takes_long(toy, tmp_path, monkeypatch, d
 
 def test_second_ctrl_c_exits_at_once():
     """A person who presses it twice does not want to wait for a save."""
-    code = "import os, signal, time, runtime\nwith runtime.StopSignals() as s:\n"
+    code = "import os, signal, time\nfrom support import runtime\nwith runtime.StopSignals() as s:\n"
     code += "  for _ in range(2): os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n  time.sleep(60)"
     began = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 130

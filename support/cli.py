@@ -1,10 +1,34 @@
-"""How a script ends when the person at the keyboard can mend what is wrong: one line, exit code 2."""
+"""The command line of every program: flags from a dataclass, mistakes in one line, exit codes.
+
+    from support import cli  # isort: split
+    ...
+    @dataclass(frozen=True)
+    class Config:
+        out_dir: str = flag("out", "folder to write", unit="folder", group="files")
+        steps: int = flag(100, "optimizer steps", at_least=1)
+
+    def main(argv=None):
+        config = parse(Config, argv, "What the program does.", ["python program.py --steps 10"])
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+Each program imports this module before any package that has to be installed, and the line `# isort: split` keeps the
+order: where such a package is missing, one line says so (see `say_missing_package`).
+"""
 
 import argparse
+import difflib
+import math
 import os
 import sys
+import typing
+from dataclasses import MISSING, field, fields
+from pathlib import Path
 
 LONGEST = 4000  # characters of a message; a hostile file may want to be quoted at any length
+REQUIRED = MISSING  # as the default of a flag: it must be given
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
@@ -23,20 +47,180 @@ def one_line(error) -> str:
     return " ".join(str(error).split())[:200]
 
 
+# ---------------------------------------------------------------------------------------
+# Flags: the fields of a dataclass, and what their values must be.
+
+
+def flag(default, help, *, at_least=None, above=None, below=None, at_most=None, choices=None, unit=None, group=None,
+         positional=False):  # fmt: skip
+    """A field of a configuration that is also a flag of the command line.
+
+    Its type is str, int, float, bool, Path, one of these or None, or a tuple of one of these for several values.
+    `at_least`, `above`, `below`, `at_most` and `choices` limit each value; None, where the type allows it, is always
+    good. `unit` (tokens, FILE ...) stands for the value in --help. `group` is a heading in --help, over this field
+    and those that follow it. A `positional` value is given without its name.
+    """
+    limits = dict(at_least=at_least, above=above, below=below, at_most=at_most)
+    about = dict(help=help, limits=limits, choices=choices, unit=unit, group=group, positional=positional)
+    return field(default=default, metadata=about)
+
+
+def flags_of(Config):
+    """(field, type of one value, whether it takes several, whether None is allowed) for each field made by `flag`."""
+    hints = typing.get_type_hints(Config)
+    for f in fields(Config):
+        if "help" in f.metadata:
+            kind, several, optional = hints[f.name], False, False
+            if type(None) in typing.get_args(kind):  # X | None
+                kind, optional = next(k for k in typing.get_args(kind) if k is not type(None)), True
+            if typing.get_origin(kind) in (tuple, list):  # tuple[X, ...]
+                kind, several = typing.get_args(kind)[0], True
+            yield f, kind, several, optional
+
+
+def shown(f) -> str:
+    """The field's name as the command line has it."""
+    return f.name if f.metadata["positional"] else f"--{f.name}"
+
+
+def range_of(f) -> str:
+    """'at least 0 and below 1', or '' for a field without limits."""
+    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
+    return " and ".join(f"{words[k]} {limit:,}" for k, limit in f.metadata["limits"].items() if limit is not None)
+
+
+def within(f, value) -> bool:
+    """Whether a number keeps the field's limits. NaN and infinity never do."""
+    limits = f.metadata["limits"]
+    tests = {"at_least": float.__ge__, "above": float.__gt__, "below": float.__lt__, "at_most": float.__le__}
+    kept = (limit is None or tests[k](float(value), float(limit)) for k, limit in limits.items())
+    return math.isfinite(value) and all(kept)
+
+
+def did_you_mean(word, known) -> str:
+    """'; did you mean X?', or '' where no known word is close to this one."""
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def type_problems(config) -> list[str]:
+    """Every value of a type that the field does not have, or beyond 64 bits: nothing can be computed from these."""
+    found = []
+    for f, kind, several, optional in flags_of(type(config)):
+        value = getattr(config, f.name)
+        if value is None and optional:
+            continue
+        values = value if several and isinstance(value, (tuple, list)) else [value]
+        good = {float: (int, float), Path: (str, os.PathLike)}.get(kind, kind)
+        if isinstance(value, (tuple, list)) != several or any(
+            not isinstance(v, good) or (isinstance(v, bool) and kind is not bool) for v in values
+        ):
+            expected = f"several {kind.__name__}, as a tuple" if several else kind.__name__
+            found.append(f"{shown(f)} is {value!r} ({type(value).__name__}); it must be {expected}")
+        elif any(isinstance(v, int) and abs(v) >= 2**63 for v in values):
+            found.append(f"{shown(f)} is beyond 64 bits")
+    return found
+
+
+def range_problems(config) -> list[str]:
+    """Every value that its field does not allow, a line each; [] if there is none."""
+    found = type_problems(config)
+    if found:
+        return found
+    for f, kind, several, _ in flags_of(type(config)):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        values = [] if value is None else value if several else [value]
+        for v in values:
+            if choices and v not in choices:
+                known = did_you_mean(v, choices)
+                found.append(f"{shown(f)} is {v!r}; it must be one of {', '.join(map(str, choices))}{known}")
+            elif kind in (int, float) and not within(f, v):
+                found.append(f"{shown(f)} is {v}; it must be {range_of(f) or 'finite'}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------
+# The command line.
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line too, not a page of usage; flags cannot be abbreviated."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         for flag in (arg.removesuffix("=--") for arg in args if arg.startswith("--") and arg.endswith("=--")):
             self.error(f"argument {flag}: -- is no value")  # argparse would make an empty list of it
-        return super().parse_args(args, namespace)
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            wrong = next((arg.split("=")[0] for arg in unknown if arg.startswith("-")), "")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(wrong, self._option_string_actions)}")
+        return found
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def add_flag(group, f, kind, several):
+    """Adds one field to a group of a parser. What is not given on the command line is left out of the result."""
+    about, default = f.metadata, f.default
+    text = about["help"] + (f", {range_of(f)}" if range_of(f) else "")
+    text += f" [{', '.join(map(str, about['choices']))}]" if about["choices"] else ""
+    if default not in (None, False, MISSING, ()):
+        words = "all" if several and default == about["choices"] else default
+        text += f" (default: {', '.join(map(str, words)) if isinstance(words, tuple) else words})"
+    how = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if kind is bool:
+        group.add_argument(f"--{f.name}", action="store_true", **how)
+        if not f.name.startswith("no_"):  # takes back what a preset or an earlier start of the run has set
+            hidden = how | {"help": argparse.SUPPRESS}
+            group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", **hidden)
+        return
+    short = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
+    how |= {"type": kind, "metavar": (about["unit"] or short).upper()}
+    if about["positional"]:
+        given_always = default is MISSING
+        group.add_argument(f.name, nargs=("+" if given_always else "*") if several else (None if given_always else "?"),
+                           **how)  # fmt: skip
+    elif several:  # --only a b and --only a --only b
+        group.add_argument(f"--{f.name}", nargs="+", action="extend", required=default is MISSING, **how)
+    else:
+        group.add_argument(f"--{f.name}", required=default is MISSING, **how)
+
+
+def read_flags(Config, argv=None, description=None, examples=()) -> dict:
+    """What the command line gives, by field; fields that are not given are not in it. UserError for what is wrong.
+
+    `argv` is sys.argv's without the program. --help ends with the examples, each a command.
+    """
+    epilog = "\n".join(["examples:", *(f"  {command}" for command in examples)]) if examples else None
+    parser = Parser(description=description, epilog=epilog)
+    group = parser
+    for f, kind, several, _ in flags_of(Config):
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        add_flag(group, f, kind, several)
+    given = vars(parser.parse_args(argv))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def parse(Config, argv=None, description=None, examples=(), check=range_problems):
+    """The configuration that a command line means. UserError with everything that `check` finds wrong with it."""
+    config = Config(**read_flags(Config, argv, description, examples))
+    refuse(check(config))
+    return config
+
+
+def refuse(problems):
+    """UserError with all of them in one line, if there are any."""
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+# ---------------------------------------------------------------------------------------
+# The end of a program.
 
 
 def run(main) -> int:
@@ -52,3 +236,20 @@ def run(main) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def say_missing_package(kind, error, traceback):
+    """What Python calls for an error that nobody caught: of a package that is not installed, one line and exit code 2.
+
+    The programs import packages at the top, before any code of theirs could catch this. A module of the repository
+    or of Python itself that is missing keeps its traceback."""
+    name = (getattr(error, "name", None) or "").partition(".")[0]
+    ours = not name or (ROOT / name).is_dir() or name in sys.stdlib_module_names
+    if not issubclass(kind, ModuleNotFoundError) or ours:
+        return earlier_hook(kind, error, traceback)
+    said = f"the Python package {name} is not installed; python -m pip install -r requirements.txt"
+    print(f"{os.path.basename(sys.argv[0])}: error: {said}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+earlier_hook, sys.excepthook = sys.excepthook, say_missing_package

@@ -1,6 +1,6 @@
-"""Checkpoints: save, find, verify, load, rotate.
+"""Checkpoints: save, find, verify, load, rotate; and `Saver`, by which a run saves and continues.
 
-Notable: a checkpoint is a directory that appears by one rename after every byte in it has been
+A checkpoint is a directory that appears by one rename after every byte in it has been
 flushed, so what exists is whole; each file's sha256 stands in its manifest, so what is no longer
 whole is found out and the one before it is used. Tensors are safetensors and the rest JSON: a
 checkpoint cannot run code. It holds no absolute path, device or world size.
@@ -12,8 +12,9 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -311,6 +312,139 @@ def load_training(path, model, optimizer) -> dict:
 
 
 # ---------------------------------------------------------------------------------------
+# A run that saves and continues.
+
+
+@dataclass
+class Position:
+    """Where a run stands. All that training does next follows from it, the flags and the weights."""
+
+    step: int = 0  # optimizer steps completed
+    samples_seen: int = 0  # windows that these consumed, over all devices
+    seconds: float = 0.0  # of training, over all sessions
+
+
+class Saver:
+    """Saves a run's checkpoints while it trains, and finds the one that it continues from.
+
+    As a context it holds the lock of the run's directory; leaving it waits for the checkpoint in flight.
+    c: the run's configuration. identity: what the run may not change half way, by name. `net` of the methods
+    has model, optimizer and scaler; `log` is a support.tracking.Log. All ranks call the methods together."""
+
+    def __init__(self, c, rt, identity, tokenizer):
+        self.c, self.rt, self.identity, self.tokenizer = c, rt, identity, tokenizer
+        self.saved_step = -1  # of the newest checkpoint known to be good
+        self.changed = []  # flags that are not what the checkpoint's session had, as text
+        self.writing = None  # on rank 0, the save in flight
+
+    def __enter__(self):
+        with ExitStack() as stack:
+            self.rt.from_main(lambda: stack.enter_context(run_lock(self.c.run_dir)))
+            self.writer = stack.enter_context(ThreadPoolExecutor(1))
+            self.opened = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc):
+        self.opened.close()
+
+    def resume(self, net) -> Position:
+        """Loads the newest good checkpoint of the run, or the one that --resume names, and returns its position;
+        without one the network stays as it is, at step 0."""
+        c = self.c
+        found = self.rt.from_main(lambda: find_start(c))
+        if found is None:
+            return Position()
+        state = read_state(found / STATE)
+        was, now = state["identity"], self.identity
+        other = [f"{k} (was {was.get(k)}, now {v})" for k, v in now.items() if was.get(k) != v]
+        if other:
+            raise UserError(f"{found} cannot be continued with another {', '.join(other)}; give a new --run_name")
+        load_training(found, net.model, net.optimizer)
+        if net.scaler.is_enabled() and state.get("scaler"):
+            net.scaler.load_state_dict(state["scaler"])
+        before = state.get("config") or {}
+        self.changed = [f"{k} {before[k]} -> {v}" for k, v in asdict(c).items() if k in before and before[k] != v]
+        if found.parent.resolve() == c.run_dir.resolve():
+            self.saved_step = state["step"]
+            self.rt.from_main(lambda: point(c.run_dir, "latest", state["step"]))
+        return Position(state["step"], state["samples_seen"], state["seconds"])
+
+    def due(self, at) -> bool:
+        """Whether the schedule has a checkpoint at this step."""
+        interval = self.c.save_interval
+        return at.step > 0 and (at.step == self.c.max_steps or (interval > 0 and at.step % interval == 0))
+
+    def save(self, net, at, log):
+        """Copies this step's state, and has it written, and old checkpoints removed, while training goes on.
+        Nothing happens where the step is saved already."""
+        if self.saved_step == at.step:
+            return
+        self.wait(log)
+        tensors = snapshot(net.model, net.optimizer, keep=self.rt.is_main)
+        self.saved_step = at.step
+        if not self.rt.is_main:
+            return
+        scaler = net.scaler.state_dict() if net.scaler.is_enabled() else None
+        state = {**asdict(at), "identity": self.identity, "config": asdict(self.c), "scaler": scaler}
+        step, best = at.step, best_step(self.c.run_dir, log.metrics.vals)
+
+        def write():
+            try:
+                log.metrics.sync()
+                save(self.c.run_dir, step, net.model.config, tensors, state, self.tokenizer)
+                rotate(self.c.run_dir, self.c.keep_last, best)
+            except BaseException:
+                self.rt.signals.failed = True  # training stops soon, and `wait` raises the error
+                raise
+
+        self.writing = self.writer.submit(write)
+
+    def wait(self, log):
+        """Waits until the save in flight is on the disk. If it failed, every rank raises its error."""
+
+        def finish():
+            if self.writing is not None:
+                self.writing.result()
+
+        self.rt.from_main(finish)
+        self.keep_best(log)
+
+    def keep_best(self, log):
+        """Names the best checkpoint in best.json."""
+        if self.rt.is_main and (best := best_step(self.c.run_dir, log.metrics.vals)) is not None:
+            point(self.c.run_dir, "best", best, loss=log.metrics.vals[best])
+
+
+def best_step(run_dir, losses) -> int | None:
+    """Of a run's checkpoints, the step with the lowest of the validation `losses`, which are given by step."""
+    there = [step_of(path) for path in steps(run_dir)]
+    return min((step for step in there if step in losses), key=lambda step: (losses[step], step), default=None)
+
+
+def find_start(c) -> Path | None:
+    """The checkpoint from which the run that `c` describes starts; None: from new weights."""
+    clean(c.run_dir)
+    if c.resume == "auto":
+        return newest(c.run_dir)
+    if c.resume != "never":
+        found = find_checkpoint(c.resume)
+        verify(found)
+        return found
+    if steps(c.run_dir):
+        raise UserError(f"{c.run_dir} already holds a run, and --resume is never; give a new --run_name")
+    return None
+
+
+def read_state(path) -> dict:
+    """state.json, with UserError unless its values are such as `Saver` writes: they decide where a run continues."""
+    state = read_json(path)
+    limits = {"step": (int, 0), "samples_seen": (int, 0), "seconds": (float, 0)}
+    good = {k: type(state.get(k)) is kind and low <= state[k] < 2**62 for k, (kind, low) in limits.items()}
+    good["identity"] = isinstance(state.get("identity"), dict)
+    good |= {k: isinstance(state.get(k) or {}, dict) for k in ("scaler", "config")}
+    if not all(good.values()):
+        raise UserError(f"{path}: missing or wrong: {', '.join(k for k in good if not good[k])}")
+    return state
 
 
 @contextmanager
@@ -329,6 +463,10 @@ def run_lock(run_dir):
             who = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
             print(who, file=f, flush=True)
             yield
+
+
+# ---------------------------------------------------------------------------------------
+# Command line.
 
 
 def main(argv=None):

@@ -536,11 +536,6 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def in_a_line(result: dict) -> str:
-    """The four accuracies in percent, for a log."""
-    return ", ".join(f"{name.replace('_', ' ', 1)} {100 * result[name]:.2f}" for name in GPT2_124M) + " percent"
-
-
 def parse_args(argv):
     parser = Parser(description="Score a checkpoint on HellaSwag; the table goes to stdout.")
     add = parser.add_argument

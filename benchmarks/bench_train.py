@@ -50,9 +50,9 @@ PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # side of the large matrices
 def our_step(config, rt, x, y, vocab, compiled, optimizer="adamw"):
     """One batch again and again through train.train_step."""
     config = replace(config, compile="on" if compiled else "off", optimizer=optimizer)
-    r = train.Run(config, rt, None, None, None, None, *train.build(config, rt, vocab))
+    net, at = train.build(config, rt, vocab), train.Position()
     batch = Batch(0, 0, x[None], y[None], y.numel(), 0)
-    return lambda: train.train_step(r, batch)
+    return lambda: train.train_step(config, rt, net, batch, at)
 
 
 def usual_step(rt, model, optimizer, loss, grad_clip):

@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from support.cli import UserError
 
@@ -107,6 +108,35 @@ def laid_out_like(own, t):
     return distribute_tensor(t.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None)
 
 
+def shard(model, rt, blocks, entries):
+    """FSDP2 (Zhao et al. 2023): each rank keeps its part of every tensor of `model` and gathers that of one of its
+    `blocks` when it is used. entries: names of the methods besides forward by which the model is entered."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(rt.device.type, (rt.world,))
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
+    for method in entries:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def replicate(model, rt):
+    """DDP: each rank keeps all of the model, and a backward pass averages the gradients. One process: the model."""
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if rt.world > 1 else model
+
+
+def sync_gradients(model, now):
+    """Context of a backward pass: `now` averages the gradients over the ranks; otherwise a later one does.
+
+    model: as `shard` or `replicate` returned it."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
+        model.set_requires_gradient_sync(now)
+        return nullcontext()
+    return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+
 def autocast(device, dtype):
     """Context in which matrix products run in `dtype` ("float32": as they are)."""
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
@@ -114,17 +144,33 @@ def autocast(device, dtype):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where one process of a run stands."""
+    """Where one process of a run stands. As a context it leaves the process group at the end."""
 
     device: torch.device
     dtype: str  # of matrix products: a key of DTYPES
     rank: int = 0
     local_rank: int = 0
     world: int = 1
+    signals: "StopSignals" = field(default_factory=lambda: StopSignals())  # a context of its own, see there
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        stop()
 
     @property
     def is_main(self):
         return self.rank == 0
+
+    def stop_asked(self) -> bool:
+        """Whether this process wants the run to stop: a signal came, or what it does in the background failed."""
+        return bool(self.signals.received or self.signals.failed)
+
+    def poll(self):
+        """Raises Stopped on every rank if one wants to stop. All ranks call it together, between two batches."""
+        if self.sum(self.stop_asked())[0]:
+            raise Stopped
 
     def autocast(self):
         return autocast(self.device, self.dtype)
@@ -283,6 +329,7 @@ class StopSignals:
 
     NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
     received = 0
+    failed = False  # set by a thread of the run that could not do its work, such as writing a checkpoint
 
     def __enter__(self):
         self.before = {}

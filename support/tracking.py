@@ -1,26 +1,182 @@
 """What a run tells: metrics.jsonl, the terminal, and Weights & Biases or trackio where they are asked for.
 
-Notable: metrics.jsonl is the truth, one JSON object a line, and exact across restarts: rows after
-the checkpoint that is resumed are cut off, so every step has one row. The rest are views of it;
-none of them can stop a run.
+metrics.jsonl is the source of truth: one JSON object a line. Rows after the checkpoint that is resumed are cut
+off, so every step has one row. The terminal and the trackers are views of these rows; none of them can stop a run.
 """
 
 import json
 import math
 import os
 import secrets
+import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.files import write_whole
+from support.files import write_json, write_whole
+from support.runtime import versions
 
 AXES = {"tokens", "seconds"}  # what curves can be drawn against, besides the step
 NO_CURVES = {"kind", "step", "checksum", "samples_seen", "targets", "examples"}
 PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
+
+
+class Log:
+    """Tells what a run does: rows to metrics.jsonl and a tracker, lines to the terminal, a summary at the end.
+
+    c is the run's configuration; facts are `train.facts`. As a context it closes what `open` and `begin` opened."""
+
+    def __init__(self, c, rt, facts):
+        self.c, self.rt, self.facts = c, rt, facts
+        self.metrics = self.progress = self.tracker = None
+
+    def open(self, at):
+        """Cuts metrics.jsonl at the position `at`, where the run goes on."""
+        self.metrics = Metrics(self.c.run_dir / "metrics.jsonl", at.step, writes=self.rt.is_main)
+        self.progress = Progress(at.step, self.c.max_steps, self.rt.is_main)
+        self.seconds = at.seconds
+
+    def begin(self, at, changed):
+        """Writes run.json, prints what is trained on what, and starts the tracker. changed: flags, as text."""
+        if not self.rt.is_main:
+            return
+        c, facts = self.c, self.facts
+        write_json(c.run_dir / "run.json", record_of_run(c, self.rt, facts))
+        introduce(c, self.rt, facts, at, changed)
+        library = "wandb" if c.tracker == "off" and c.wandb_project else c.tracker
+        if library != "off":
+            self.tracker = Tracker(library, c.wandb_project or "gpt", c.wandb_run_name, c.run_dir, asdict(c))
+
+    def due(self, kind, at) -> bool:
+        """Whether an evaluation falls on this step and has not been made yet, perhaps before a restart."""
+        c = self.c
+        interval = {"val": c.eval_interval, "hellaswag": c.hellaswag_interval, "sample": c.sample_interval}[kind]
+        scheduled = interval > 0 and (at.step % interval == 0 or at.step == c.max_steps)
+        return scheduled and (kind, at.step) not in self.metrics.done and (at.step > 0 or kind == "val")
+
+    def finished(self, at) -> bool:
+        """Whether nothing is left to do."""
+        return at.step >= self.c.max_steps and not any(self.due(k, at) for k in ("val", "hellaswag", "sample"))
+
+    def say(self, text):
+        self.progress.say(text)
+
+    def row(self, kind, at, **values) -> dict:
+        tokens = at.samples_seen * self.c.block_size
+        row = self.metrics.log(kind, at.step, tokens=tokens, seconds=round(at.seconds, 3), **values)
+        if self.tracker:
+            self.tracker.log(row)
+        return row
+
+    def train(self, values, at):
+        """One optimizer step: its loss, lr, grad_norm and checksum; speed and memory are added here."""
+        elapsed, self.seconds = at.seconds - self.seconds, at.seconds
+        rate, mfu = self.speed(self.c.total_batch_tokens, elapsed)
+        epoch = round(at.samples_seen / self.facts["n_windows"], 4)
+        self.row("train", at, **values, samples_seen=at.samples_seen, epoch=epoch, tokens_per_second=round(rate),
+                 mfu=mfu and round(mfu, 4), memory=self.rt.memory())  # fmt: skip
+        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {rate:,.0f} tok/s"
+        self.progress.update(at.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
+
+    def val(self, values, at):
+        self.row("val", at, **values)
+        self.say(f"step {at.step}: validation {validation_in_words(values)}")
+
+    def hellaswag(self, values, at):
+        self.row("hellaswag", at, **values)
+        self.say(f"step {at.step}: HellaSwag {hellaswag_in_words(values)}")
+
+    def sample(self, text, at):
+        self.row("sample", at, prompt=self.c.sample_prompt, text=text)
+        self.say(f"step {at.step}: sample: {self.c.sample_prompt}{text}\n")
+
+    def speed(self, tokens, seconds):
+        """(tokens per second, share of the devices' peak FLOP/s or None where the peak is not known)."""
+        rate, peak = tokens / max(seconds, 1e-9), self.rt.peak_flops()
+        return rate, rate * self.facts["flops_per_token"] / (peak * self.rt.world) if peak else None
+
+    def summary(self, at, stopped_by=0) -> dict:
+        """Prints the summary of all sessions and returns it. stopped_by: the signal that ended this one early."""
+        self.progress.close()
+        loss = self.metrics.last_val()
+        known = {"val_loss": loss, "perplexity": None if loss is None else perplexity(loss)}
+        tokens = at.samples_seen * self.c.block_size
+        if stopped_by:
+            where = f"stopped after step {at.step}, saved in {self.c.run_dir}; run again to go on"
+            self.say(f"signal {stopped_by}: {where}")
+        elif self.rt.is_main:
+            self.conclude(at, tokens, **known)
+        return {"run_dir": str(self.c.run_dir), "signal": stopped_by, "step": at.step, "tokens": tokens, **known}
+
+    def conclude(self, at, tokens, val_loss, perplexity):
+        rate, mfu = self.speed(tokens, at.seconds)
+        epochs = at.samples_seen / self.facts["n_windows"]
+        print(f"\nfinished   step {at.step:,}: {tokens:,} tokens, {epochs:.2f} epochs,"
+              f" {duration(at.seconds)} of training")  # fmt: skip
+        print(f"speed      {rate:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else ""))
+        if val_loss is not None:
+            print(f"validation loss {val_loss:.4f}, perplexity {perplexity:.2f}")
+        if "hellaswag" in self.metrics.last:
+            print(f"HellaSwag  {hellaswag_in_words(self.metrics.last['hellaswag'])}")
+        print(f"kept       {self.c.run_dir}: checkpoints, metrics.jsonl, curves.png")
+        print(f"next       python inference.py --checkpoint {self.c.run_dir}", flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        for opened in (self.tracker, self.progress, self.metrics):
+            if opened is not None:
+                opened.close()
+
+
+def introduce(c, rt, facts, at, changed):
+    """Prints what is trained, on what, and where."""
+    accumulation = c.total_batch_tokens // (c.batch_size * c.block_size * rt.world)
+    tokens, there = c.max_steps * c.total_batch_tokens, facts["training_tokens"]
+    print(f"model      {facts['parameters']:,} parameters, {facts['vocab_size']:,} token vocabulary")
+    print(f"data       {there:,} tokens in {c.data_dir}; {tokens:,} to train on ({tokens / there:.2f} epochs)")
+    print(f"step       {c.total_batch_tokens:,} tokens = {c.batch_size} x {c.block_size} x {accumulation} micro-steps"
+          f" x {rt.world} device(s)")  # fmt: skip
+    print(f"device     {rt.device}, {rt.dtype}{', compiled' if facts['compiled'] else ''}")
+    print(f"run        {c.run_dir}, {f'continued at step {at.step}' if at.step else 'from the beginning'}", flush=True)
+    if changed:
+        print(f"changed    {', '.join(changed)}", flush=True)
+
+
+def record_of_run(c, rt, facts) -> dict:
+    """run.json: what a reader needs to repeat this run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "config": asdict(c),
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git_commit": git.stdout.strip() or None,
+        "versions": versions(),
+        "device": str(rt.device),
+        "dtype": rt.dtype,
+        "world_size": rt.world,
+        **{k: facts[k] for k in ("parameters", "training_tokens", "identity")},
+    }
+
+
+def perplexity(loss) -> float:
+    return math.exp(min(loss, 700))  # beyond that a float overflows
+
+
+def validation_in_words(row) -> str:
+    bits = f", {row['bits_per_byte']:.4f} bits per byte" if row["bits_per_byte"] else ""
+    return f"loss {row['loss']:.4f}, perplexity {row['perplexity']:.2f}{bits}"
+
+
+def hellaswag_in_words(row) -> str:
+    """The accuracies in percent."""
+    known = {k: v for k, v in row.items() if k.endswith(("_acc", "_acc_norm")) and type(v) is float}
+    shares = {k.replace("_", " ", 1): v for k, v in known.items()}
+    return ", ".join(f"{name} {100 * share:.2f}" for name, share in shares.items()) + " percent"
 
 
 class Metrics:
@@ -30,7 +186,7 @@ class Metrics:
         """Keeps the rows up to `step`; where it `writes` (one process does), the rest are cut off the file."""
         rows = [row for row in read_rows(path) if row["step"] <= step]
         self.done = {(row["kind"], row["step"]) for row in rows}
-        self.last = {}  # row logged, by kind
+        self.last = {row["kind"]: row for row in rows}  # by kind
         self.vals = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
         self.file = None
         if writes:
@@ -47,6 +203,10 @@ class Metrics:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         return row
+
+    def last_val(self) -> float | None:
+        """The newest validation loss."""
+        return self.vals[max(self.vals)] if self.vals else None
 
     def sync(self):
         """To the disk, before a checkpoint that relies on it."""

@@ -24,7 +24,7 @@ import train
 from support.cli import run
 from support.files import write_whole
 
-train.draw = lambda r: None  # pictures would take most of the time
+train.draw = lambda run_dir: None  # pictures would take most of the time
 journal.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
 
 

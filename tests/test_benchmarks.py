@@ -76,10 +76,11 @@ def test_training_benchmark_runs_the_step_of_train_py(monkeypatch, capsys):
     """A step rewritten here would go its own way: what is timed as ours must be train.train_step, and must learn."""
     import bench_train
 
-    rows, real = [], bench_train.train.train_step
-    monkeypatch.setattr(bench_train.train, "train_step", lambda *a: (rows.append(real(*a)[0]), rows[-1])[1])
+    results, real = [], bench_train.train.train_step
+    monkeypatch.setattr(bench_train.train, "train_step", lambda *a: (results.append(real(*a)), results[-1])[1])
     monkeypatch.setattr(bench_train.train, "lr_at", lambda step, config: 1e-2)
     bench_train.main(["--tiny", "--rounds", "2", "--steps_per_round", "3", "--device", "cpu", "--only", "ours"])
+    rows = [row for _, row, _ in results]
     assert len(rows) == 2 + 2 * 3  # the first, the warm-up, and two rounds
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
 

@@ -17,8 +17,8 @@ import shutil
 import struct
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,11 +34,11 @@ import plot_run
 import prepare_fineweb
 import sources
 import train as train_module
-from checkpoint import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE
+from checkpoint import CONFIG, MANIFEST, MODEL, OPTIMIZER, STATE, Position, Saver
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset, ShardWriter
 from support import files, runtime
 from support.cli import UserError, run
-from support.tracking import Metrics
+from support.tracking import Log, Metrics
 from tokenizer import load_tokenizer
 from train import TrainConfig
 
@@ -130,17 +130,21 @@ def toy(shards, tmp_path):
         n_embd=8, max_steps=10, batch_size=2, total_batch_tokens=16, hellaswag_interval=0, device="cpu",
         dtype="float32", compile="off",
     )  # fmt: skip
-    r = train_module.set_up(config, runtime.Runtime(torch.device("cpu"), "float32"))
-    r.model(torch.arange(8)[None], torch.arange(8)[None]).backward()
-    r.optimizer.step()
-    r.optimizer.zero_grad()
-    r.step, r.samples_seen, r.seconds = 3, 6, 1.5
-    r.metrics = Metrics(config.run_dir / "metrics.jsonl", 0, writes=False)
-    with ThreadPoolExecutor(1) as r.background:
-        train_module.save(r)
+    rt = runtime.Runtime(torch.device("cpu"), "float32")
+    toy_data = train_module.open_data(config, rt)
+    net = train_module.build(config, rt, toy_data.tokenizer.vocab_size)
+    net.model(torch.arange(8)[None], torch.arange(8)[None]).backward()
+    net.optimizer.step()
+    net.optimizer.zero_grad()
+    about = train_module.facts(config, net, toy_data)
+    log, saver = Log(config, rt, about), Saver(config, rt, about["identity"], toy_data.tokenizer)
+    with saver:
+        log.open(Position())
+        saver.save(net, Position(3, 6, 1.5), log)
+    log.metrics.close()
     for name in ("latest.json", "best.json", "run.json"):  # hints and records; nothing may depend on them
         (config.run_dir / name).write_bytes(b'{"step": "\xff')
-    return r
+    return SimpleNamespace(config=config, rt=rt, net=net, log=log, saver=saver)
 
 
 @pytest.fixture
@@ -359,10 +363,11 @@ def prepared(tmp_path, byte_tokenizer):
 def load(toy, saved):
     """Both ways to open a checkpoint: by `load_model`, and by a run that continues. What it continues from is sane."""
     refusal(lambda: checkpoint.load_model(saved.parent))
-    toy.step, toy.samples_seen, toy.seconds, toy.saved_step = 0, 0, 0.0, -1
-    if refusal(lambda: train_module.resume(toy)) is None:
-        assert type(toy.step) is type(toy.samples_seen) is int and toy.step >= 0 and 0 <= toy.samples_seen < 2**63
-        assert 0 <= toy.seconds < float("inf")
+    found = []
+    if refusal(lambda: found.append(toy.saver.resume(toy.net))) is None:
+        [at] = found
+        assert type(at.step) is type(at.samples_seen) is int and at.step >= 0 and 0 <= at.samples_seen < 2**63
+        assert 0 <= at.seconds < float("inf")
 
 
 def change(toy, saved, name, content: bytes, sealed=True):
@@ -456,9 +461,12 @@ def test_altered_metrics_of_a_run_that_is_resumed(toy, tally, little_memory, con
     path = toy.config.run_dir / "metrics.jsonl"
 
     def continue_run():
-        toy.step, toy.metrics = 2, Metrics(path, 2)
-        toy.metrics.close()
-        train_module.best_step(toy), toy.due(), train_module.final_values(toy)
+        at = Position(2, 4, 1.0)
+        try:
+            toy.log.open(at)
+            checkpoint.best_step(toy.config.run_dir, toy.log.metrics.vals), toy.log.finished(at), toy.log.summary(at)
+        finally:
+            toy.log.metrics.close()
 
     path.write_bytes(content)
     refusal(continue_run)
@@ -831,7 +839,7 @@ def test_optimizer_state_that_is_no_safetensors_file(toy, saved):
     """Bug: the library's SafetensorError, of the one place that opened such a file without its guard."""
     (saved / OPTIMIZER).write_bytes(b"\xff" * 50)
     reseal(saved)
-    assert "optimizer.safetensors: not a safetensors file" in refusal(lambda: train_module.resume(toy))
+    assert "optimizer.safetensors: not a safetensors file" in refusal(lambda: toy.saver.resume(toy.net))
 
 
 def test_optimizer_state_of_another_kind(toy, saved):
@@ -840,7 +848,7 @@ def test_optimizer_state_of_another_kind(toy, saved):
     renamed = {name.replace("exp_avg_sq", "other"): facts for name, facts in header.items()}
     (saved / OPTIMIZER).write_bytes(pack(json.dumps(renamed).encode(), content))
     reseal(saved)
-    assert "exp_avg_sq is missing" in refusal(lambda: train_module.resume(toy))
+    assert "exp_avg_sq is missing" in refusal(lambda: toy.saver.resume(toy.net))
 
 
 @pytest.mark.parametrize("key, value", [
@@ -855,15 +863,15 @@ def test_state_of_a_checkpoint_with_wrong_values(toy, saved, key, value):
         if key in changed or key != "scaler":  # which is null unless the precision is float16
             (saved / STATE).write_text(json.dumps(changed))
             reseal(saved)
-            assert f"missing or wrong: {key}" in refusal(lambda: train_module.resume(toy))
-    assert toy.step == 3 and toy.saved_step == 3  # as it was
+            assert f"missing or wrong: {key}" in refusal(lambda: toy.saver.resume(toy.net))
+    assert toy.saver.saved_step == 3  # as it was
 
 
 def test_untouched_toy_run_resumes(toy, saved):
     """The refusals above would mean nothing if this were refused too."""
-    toy.step = toy.samples_seen = 0
-    assert refusal(lambda: train_module.resume(toy)) is None
-    assert (toy.step, toy.samples_seen, toy.seconds) == (3, 6, 1.5)
+    found = []
+    assert refusal(lambda: found.append(toy.saver.resume(toy.net))) is None
+    assert found == [Position(3, 6, 1.5)]
 
 
 @pytest.mark.parametrize("script, flag", [("train", "lr"), ("inference", "device"), ("hellaswag_eval", "limit")])
@@ -900,7 +908,7 @@ def test_hostile_safetensors(toy, saved, little_memory, name, what):
     whole = HOSTILE_HEADERS[what](header, content)
     (saved / name).write_bytes(whole or pack(json.dumps(header).encode(), content))
     reseal(saved)
-    assert f"{name}: not a safetensors file" in refusal(lambda: train_module.resume(toy))
+    assert f"{name}: not a safetensors file" in refusal(lambda: toy.saver.resume(toy.net))
 
 
 def test_parquet_with_a_type_that_is_not_implemented(tmp_path, monkeypatch):

@@ -110,10 +110,10 @@ def test_a_run_with_muon_resumes_exactly(toy):
     half = replace(toy, run_name="half")
     real_step = train_module.train_step
 
-    def dying_step(r, batch):
-        if r.step == 13:
+    def dying_step(c, rt, net, batch, at):
+        if at.step == 13:
             raise KeyboardInterrupt
-        return real_step(r, batch)
+        return real_step(c, rt, net, batch, at)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "train_step", dying_step)

@@ -202,7 +202,7 @@ def test_finished_run_says_so_and_rewrites_nothing(toy, capsys):
 
 
 def test_killed_between_last_save_and_last_evaluation_still_evaluates(toy, monkeypatch):
-    monkeypatch.setattr(train_module, "validate", lambda r: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(train_module, "validate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train(replace(toy, eval_interval=40, max_steps=6))
     monkeypatch.undo()
@@ -240,11 +240,13 @@ def test_loss_is_the_mean_over_the_whole_global_batch(toy):
     """The first step's loss, recomputed plainly from the model's logits."""
     c = replace(toy, dropout=0.0, max_steps=1)
     train(c)
-    r = train_module.set_up(replace(c, run_name="fresh"), train_module.runtime.start("cpu", "float32"))
-    windows = train_module.FineWebDataLoader(r.train_data, 8, 8, c.seed).windows(0)
-    x, y = (torch.from_numpy(a) for a in r.train_data.rows(windows))
+    rt = train_module.runtime.start("cpu", "float32")
+    data = train_module.open_data(c, rt)
+    model = train_module.build(c, rt, data.tokenizer.vocab_size).model
+    windows = train_module.FineWebDataLoader(data.train, 8, 8, c.seed).windows(0)
+    x, y = (torch.from_numpy(a) for a in data.train.rows(windows))
     with torch.no_grad():
-        expected = nn.functional.cross_entropy(r.model.eval()(x).flatten(0, 1), y.flatten())
+        expected = nn.functional.cross_entropy(model.eval()(x).flatten(0, 1), y.flatten())
     assert losses(c)[0] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -319,18 +321,18 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
     train(replace(toy, max_steps=5))
     real = train_module.train_step
 
-    def poisoned(r, batch):
-        hook = r.model.ln_f.register_forward_hook(
+    def poisoned(c, rt, net, batch, at):
+        hook = net.model.ln_f.register_forward_hook(
             (lambda m, i, o: o * math.nan)
             if where == "loss"
             else (lambda m, i, o: o.register_hook(lambda g: g * math.inf) and None)
         )
-        before = [p.detach().clone() for p in r.model.parameters()]
+        before = [p.detach().clone() for p in net.model.parameters()]
         try:
-            return real(r, batch)
+            return real(c, rt, net, batch, at)
         finally:
             hook.remove()
-            assert all(torch.equal(a, b) for a, b in zip(before, r.model.parameters()))
+            assert all(torch.equal(a, b) for a, b in zip(before, net.model.parameters()))
 
     monkeypatch.setattr(train_module, "train_step", poisoned)
     with pytest.raises(UserError, match=r"step 6: loss .* samples 40 to 47; the update was not applied"):
@@ -461,9 +463,9 @@ def test_eval_only_repeats_the_number_of_the_run(toy, capsys):
 def test_bits_per_byte_counts_the_bytes_of_the_targets(toy):
     train(replace(toy, max_steps=1))
     row = next(r for r in read_rows(toy.run_dir / "metrics.jsonl") if r["kind"] == "val")
-    r = train_module.set_up(replace(toy, run_name="x"), train_module.runtime.start("cpu", "float32"))
-    targets = r.val_data.tokens(1, 1 + row["targets"])
-    text_bytes = sum(len(r.tokenizer.backend.id_to_token(int(t))) for t in targets if t != r.tokenizer.eot_token)
+    data = train_module.open_data(toy, train_module.runtime.start("cpu", "float32"))
+    targets, tokenizer = data.val.tokens(1, 1 + row["targets"]), data.tokenizer
+    text_bytes = sum(len(tokenizer.backend.id_to_token(int(t))) for t in targets if t != tokenizer.eot_token)
     assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["targets"] / math.log(2) / text_bytes)
 
 

@@ -84,7 +84,7 @@ def linear(step, c):
     """Warm-up, then straight down to min_lr."""
     warmup = int(c.warmup_frac * c.max_steps)
     down = (c.max_steps - 1 - step) / max(1, c.max_steps - 1 - warmup)
-    return min(c.lr * (step + 1) / max(1, warmup), c.min_lr + down * (c.lr - c.min_lr))
+    return min(c.lr * (step + 1) / max(1, warmup), c.last_lr + down * (c.lr - c.last_lr))
 
 
 def use_linear():

@@ -325,7 +325,7 @@ def draw_schedule(args):
     ax.annotate(f"warm-up: {warmup:,} steps", (warmup, 0.1 * c.lr), (6, 0), textcoords="offset points", fontsize=9)
     ax.annotate(f"peak: {c.lr:.5f}", (warmup, c.lr), (6, 5), textcoords="offset points", fontsize=9)
     last = {"textcoords": "offset points", "ha": "right", "fontsize": 9}
-    ax.annotate(f"last step: {c.min_lr:.5f}", (c.max_steps, c.min_lr), (0, 26), **last)
+    ax.annotate(f"last step: {c.last_lr:.5f}", (c.max_steps, c.last_lr), (0, 26), **last)
     top = ax.secondary_xaxis("top", functions=(lambda s: s * c.total_batch_tokens, lambda t: t / c.total_batch_tokens))
     top.set_xlabel("training tokens")
     top.xaxis.set_major_formatter(FuncFormatter(number))

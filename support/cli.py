@@ -1,7 +1,5 @@
 """The command line of every program: flags from a dataclass, mistakes in one line, exit codes.
 
-    from support import cli  # isort: split
-    ...
     @dataclass(frozen=True)
     class Config:
         out_dir: str = flag("out", "folder to write", unit="folder", group="files")
@@ -13,8 +11,8 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-Each program imports this module before any package that has to be installed, and the line `# isort: split` keeps the
-order: where such a package is missing, one line says so (see `say_missing_package`).
+Each program imports this module before any package that has to be installed (pyproject.toml keeps that order): where
+such a package is missing, one line says so, see `say_missing_package`.
 """
 
 import argparse

@@ -32,7 +32,8 @@ def vals(config):
 
 
 def as_flags(config) -> list[str]:
-    changed = {k: v for k, v in vars(config).items() if v != getattr(PRESETS["gpt2-124m"], k)}
+    base = PRESETS["gpt2-124m"]
+    changed = {k: v for k, v in vars(config).items() if v is not None and v != getattr(base, k)}
     return [part for k, v in changed.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 

@@ -17,13 +17,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from model import GPT, GPTConfig
 from muon import Muon
-from support.cli import Parser, UserError, run
 from support.files import UNFINISHED, locked, read_json, sha256, sync_directory, write_json
 from support.runtime import gathered, laid_out_like
 from tokenizer import FILE as TOKENIZER
@@ -469,11 +470,15 @@ def run_lock(run_dir):
 # Command line.
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    command: str = flag(REQUIRED, "what to do", unit="verify", choices=("verify",), positional=True)
+    directory: str = flag(REQUIRED, "a run's directory or one checkpoint", positional=True)
+
+
 def main(argv=None):
-    parser = Parser(description="Check checkpoints against their manifests.")
-    parser.add_argument("command", choices=["verify"])
-    parser.add_argument("directory", help="a run's directory or one checkpoint")
-    path = Path(parser.parse_args(argv).directory)
+    examples = ["python checkpoint.py verify checkpoints/demo"]
+    path = Path(parse(VerifyConfig, argv, "Check checkpoints against their manifests.", examples).directory)
     found = [path] if (path / MANIFEST).is_file() else steps(path)
     if not found:
         raise UserError(

@@ -21,9 +21,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
+
 import numpy as np
 
-from support.cli import Parser, UserError, run
 from support.files import read_json, sha256, sync_directory, write_json
 
 MANIFEST = "manifest.json"
@@ -551,11 +552,15 @@ def refuse_overlap(train, val):
             raise UserError(f"{shard.path}: also a training shard; validate on data that is not trained on")
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    command: str = flag(REQUIRED, "what to do", unit="verify", choices=("verify",), positional=True)
+    directory: str = flag(REQUIRED, "folder with manifest.json and its shards", positional=True)
+
+
 def main(argv=None):
-    parser = Parser(description="Check token shards against their manifest.")
-    parser.add_argument("command", choices=["verify"])
-    parser.add_argument("directory", help="folder with manifest.json and its shards")
-    args = parser.parse_args(argv)
+    examples = ["python data_processing_fineweb.py verify edu_fineweb10B"]
+    args = parse(VerifyConfig, argv, "Check token shards against their manifest.", examples)
     print(f"{args.directory}: {verify(args.directory)} shards, all as recorded in {MANIFEST}")
 
 

@@ -18,13 +18,14 @@ import shutil
 import sys
 from pathlib import Path
 
+from support.cli import UserError, flag, parse, range_problems, run  # isort: split
+
 import torch
 from safetensors import SafetensorError
 
 import checkpoint
 from checkpoint import CONFIG, MODEL
 from model import GPT, GPTConfig
-from support.cli import Parser, UserError, run
 from support.files import read_json, sync_directory, write_json, write_whole
 from support.runtime import DTYPES
 from support.tracking import read_rows
@@ -521,32 +522,41 @@ def push(folder, repo) -> str:
     return str(address)
 
 
-def parse_args(argv):
-    parser = Parser(description="Write a checkpoint as a Hugging Face folder, verified; or read one back.")
-    add = parser.add_argument
-    add("command", nargs="?", choices=["export", "import"], default="export", help="(default: export)")
-    add("folder", nargs="?", help="the Hugging Face folder to import")
-    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
-    add("--out_dir", metavar="DIR", help="to be written (default: hf_<run>; of import: checkpoints/<folder>)")
-    add("--dtype", choices=list(DTYPES), help="of the weights written (default: float32)")
-    add("--push_to_hub", metavar="USER/NAME", help="upload it too; public where your account's new models are")
-    args = parser.parse_args(argv)
-    if args.command == "import":
-        given = [f"--{name}" for name in ("checkpoint", "dtype", "push_to_hub") if getattr(args, name) is not None]
-        if given:
-            raise UserError(f"import takes no {', '.join(given)}")
-        if args.folder is None:
-            raise UserError("import which folder? export_hf.py import FOLDER --out_dir checkpoints/NAME")
-    elif args.folder is not None:
-        raise UserError(f"export takes no folder ({args.folder}); use --checkpoint and --out_dir")
-    if args.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push_to_hub):
-        raise UserError(f"--push_to_hub is {args.push_to_hub!r}; expected USER/NAME")
-    return args
+EXAMPLES = [
+    "python export_hf.py --checkpoint checkpoints/demo --out_dir hf_demo",
+    "python export_hf.py import hf_demo --out_dir checkpoints/from_hf",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """What is written where, or read back."""
+
+    command: str = flag("export", "what to do", unit="command", choices=("export", "import"), positional=True)
+    folder: str | None = flag(None, "of import: the Hugging Face folder", positional=True)
+    checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
+    out_dir: str | None = flag(None, "to be written; default: hf_<run>; of import: checkpoints/<folder>", unit="folder")
+    dtype: str | None = flag(None, "of the weights written; default: float32", unit="name", choices=tuple(DTYPES))
+    push_to_hub: str | None = flag(None, "upload it too; public where your account's new models are", unit="user/name")
+
+
+def problems(c: ExportConfig) -> list[str]:
+    found = range_problems(c)
+    if c.command == "import":
+        found += [f"import takes no --{n}" for n in ("checkpoint", "dtype", "push_to_hub") if getattr(c, n) is not None]
+        if c.folder is None:
+            found.append("import which folder? export_hf.py import FOLDER --out_dir checkpoints/NAME")
+    elif c.folder is not None:
+        found.append(f"export takes no folder ({c.folder}); use --checkpoint and --out_dir")
+    if c.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", c.push_to_hub):
+        found.append(f"--push_to_hub is {c.push_to_hub!r}; expected USER/NAME")
+    return found
 
 
 def main(argv=None):
     """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    args = parse_args(argv)
+    description = "Write a checkpoint as a Hugging Face folder, verified; or read one back."
+    args = parse(ExportConfig, argv, description, EXAMPLES, problems)
     if args.command == "import":
         out_dir = args.out_dir or Path(checkpoint.DEFAULT_DIR, Path(args.folder).resolve().name)
         print(import_folder(args.folder, out_dir))

@@ -13,6 +13,9 @@ convention, and one run gives both:
                tokenised together. `acc` compares sums, `acc_norm` sums per character. The convention
                of lm-evaluation-harness, under which GPT-2 124M has 28.92 acc and 31.14 acc_norm.
 
+Products in bfloat16, the default on some machines, move single choices (1 of 500): compare with the figures above, or
+with another machine's, in --dtype float32.
+
 Notable: the context is read once for its four endings, which lie behind it in one row, each
 seeing the context and itself, at the positions it would have alone. The projection to the
 vocabulary, the dearest part of a small model, is computed only where an ending's token is
@@ -34,6 +37,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from support.cli import UserError, flag, one_line, parse, range_problems, run  # isort: split
+
 import numpy as np
 import requests
 import torch
@@ -41,7 +46,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load_model
-from support.cli import Parser, UserError, run
 from support.files import write_whole
 from support.runtime import autocast, memory_advice, pick
 from tokenizer import replace_surrogates
@@ -138,6 +142,11 @@ def parse_example(line: bytes) -> dict:
         example = json.loads(line.strip())
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    return checked(example)
+
+
+def checked(example) -> dict:
+    """The example, if it has what is needed; a label that is text, as on the hub, becomes a number. Or ValueError."""
     if not isinstance(example, dict):
         raise ValueError(f"found a JSON {type(example).__name__}, expected an object")
     example.setdefault("ctx_b", "")  # as in the dataset that lm-evaluation-harness reads
@@ -145,6 +154,8 @@ def parse_example(line: bytes) -> dict:
         if not isinstance(example.get(key), str):
             raise ValueError(f"{key} is {example.get(key)!r:.40}, expected a string")
     label, endings = example.get("label"), example.get("endings")
+    if label in ("0", "1", "2", "3"):
+        example["label"] = label = int(label)
     if type(label) is not int or not 0 <= label <= 3:  # in Python True is an int
         raise ValueError(f"label is {label!r:.40}, expected an integer from 0 to 3")
     if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(e, str) and e for e in endings)):
@@ -152,23 +163,43 @@ def parse_example(line: bytes) -> dict:
     return example
 
 
+def read_examples(path):
+    """Yields the examples of a file: JSON lines, or parquet as the hub has it. UserError names file and line."""
+    if Path(path).suffix.lower() != ".parquet":
+        with open(path, "rb") as f:
+            yield from numbered(path, "line", f, parse_example)
+        return
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
+    yield from numbered(path, "row", rows, checked)
+
+
+def numbered(path, what, lines, read):
+    for number, line in enumerate(lines, 1):
+        try:
+            yield read(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, {what} {number}: {error}") from error
+
+
 def load_examples(path=None, limit: int | None = None) -> list[dict]:
     """The first `limit` examples of the file, in its order: activity_label, ctx, ctx_a, ctx_b (str; ctx is
     ctx_a and behind it the fragment ctx_b, "" if there is none), label (0..3) and endings (4 str).
+    JSON lines, or parquet; the hub's label "3" is 3.
 
     A `path` is taken as it is, whatever its number of lines; without one comes the official
     file. Raises UserError that names file and line where one is malformed.
     """
-    official, path, examples = path is None, Path(path or CACHE), []
+    official, path = path is None, Path(path or CACHE)
     try:
         if official:
             download(path)
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    examples.append(parse_example(line))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}, line {number}: {error}") from error
+        examples = list(read_examples(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not examples:
@@ -536,31 +567,50 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv):
-    parser = Parser(description="Score a checkpoint on HellaSwag; the table goes to stdout.")
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
-    add("--hf_model", metavar="NAME", help="score this Hugging Face folder or hub model instead (needs transformers)")
-    add("--data", metavar="FILE", help=f"HellaSwag JSONL on this machine (default: {CACHE}, downloaded once)")
-    add("--limit", type=int, metavar="N", help="examples, the first N of the file (default: all)")
-    add("--batch_tokens", type=int, metavar="N", help="in a batch, with padding (default: 16,384; on a CPU 1,024)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
-    choices = ["auto", "float32", "bfloat16"]
-    add("--dtype", choices=choices, default="auto", help="of products (default: auto, the hardware's fastest)")
-    add("--json", metavar="FILE", help="write each example's scores here, one JSON object a line (default: nowhere)")
-    args = parser.parse_args(argv)
-    given = {"limit": args.limit, "batch_tokens": args.batch_tokens}
-    wrong = [f"--{name} is {n}; it must be at least 1" for name, n in given.items() if n is not None and n < 1]
-    if args.checkpoint and args.hf_model:
-        wrong.append("--checkpoint and --hf_model are both given; one run scores one model")
-    if wrong:
-        raise UserError("; ".join(wrong))
-    return args
+EXAMPLES = [
+    "python hellaswag_eval.py --checkpoint checkpoints/demo --data hellaswag_val.jsonl",
+    "python hellaswag_eval.py --hf_model gpt2 --dtype float32  # beside published figures",
+]
+
+
+@dataclass(frozen=True)
+class HellaSwagConfig:
+    """Which model is scored on which examples, and how."""
+
+    checkpoint: str | None = flag(
+        None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder", group="model and examples"
+    )
+    hf_model: str | None = flag(None, "a Hugging Face folder or hub model instead; needs transformers", unit="name")
+    data: str | None = flag(
+        None, f"HellaSwag, JSON lines or parquet, on this machine; default: {CACHE}, downloaded once", unit="file"
+    )
+    limit: int | None = flag(None, "the first N of the file; default: all", at_least=1, unit="examples")
+
+    batch_tokens: int | None = flag(
+        None,
+        "in a batch, with padding; default: 16,384, on a CPU 1,024",
+        at_least=1,
+        unit="tokens",
+        group="how it runs",
+    )
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", unit="name")
+    dtype: str = flag("auto", "of products; auto: the hardware's fastest; compare with others in float32", unit="name",
+                      choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    json: str | None = flag(None, "each example's scores are written here, one JSON object a line", unit="file")
+
+
+def problems(c: HellaSwagConfig) -> list[str]:
+    found = range_problems(c)
+    if c.checkpoint and c.hf_model:
+        found.append("--checkpoint and --hf_model are both given; one run scores one model")
+    return found
 
 
 def main(argv=None):
     """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    args = parse_args(argv)
+    args = parse(
+        HellaSwagConfig, argv, "Score a checkpoint on HellaSwag; the table goes to stdout.", EXAMPLES, problems
+    )
     device, dtype = pick(args.device, args.dtype)
     path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)

@@ -16,17 +16,19 @@ import os
 import select
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+
+from support.cli import UserError, flag, parse, range_problems, run  # isort: split
 
 import torch
 
 from checkpoint import find_checkpoint, load_model
 from model import KVCache
-from support.cli import Parser, UserError, run
 from support.runtime import autocast, keep_freed_memory, memory_advice, pick_device, pick_dtype
 
 DEFAULT_PROMPT = "The"
+PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
 NUCLEUS_GUESSES = (1024, 8192)  # tokens that nearly always, mostly hold the nucleus; sorting 50,257 takes longest
 SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
@@ -38,23 +40,15 @@ WINDOW = 4  # tokens that decide how the next one decodes: a character has at mo
 class Sampling:
     """How the next token is chosen. The defaults draw from the model's own distribution."""
 
-    temperature: float = 1.0  # 0 is greedy: always the most probable token
-    top_k: int = 0  # candidates kept, 0 is off
-    top_p: float = 1.0  # probability kept, 1 is off
-    min_p: float = 0.0  # least probability kept, as a fraction of the best token's, 0 is off
-    repetition_penalty: float = 1.0  # above 1, tokens already seen become less likely; 1 is off
+    temperature: float = flag(1.0, "divides the logits; 0 is greedy: always the most probable token", at_least=0)
+    top_k: int = flag(0, "tokens to draw from, the best N; 0 is off", at_least=0, unit="tokens")
+    top_p: float = flag(1.0, "probability to draw from; 1 is off", above=0, at_most=1)
+    min_p: float = flag(0.0, "least probability, as a fraction of the best token's; 0 is off", at_least=0, below=1)
+    repetition_penalty: float = flag(1.0, "above 1, seen tokens are less likely; 1 is off", above=0)
 
     def problems(self) -> list[str]:
-        """Every value that has no meaning, one line each; NaN fails each comparison and so is caught."""
-        rules = {
-            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 is off)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
-        }
-        wrong = {name: need for name, (good, need) in rules.items() if not good}
-        return [f"{name} is {getattr(self, name)}; it must be {need}" for name, need in wrong.items()]
+        """Every value that has no meaning, one line each."""
+        return range_problems(self)
 
     def __str__(self):
         on = {k: v for k, v in asdict(self).items() if k == "temperature" or v != getattr(Sampling, k)}
@@ -327,32 +321,70 @@ def sample_text(model, tokenizer, prompt, sampling, max_new_tokens, num_samples=
 # Command line.
 
 
-def parse_args(argv):
-    """The flags. Sampling flags are None unless given, so that each overrides the preset only then."""
-    parser = Parser(description="Continue a prompt with a trained model. Text to stdout, statistics to stderr.")
-    add, own = parser.add_argument, "(default: the preset's)"
-    presets = "; ".join(f"{name}: {sampling}" for name, sampling in PRESETS.items())
-    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
-    add("--preset", choices=[*PRESETS, "all"], default="all", help=f"{presets} (default: all, one after the other)")
-    add("--temperature", type=float, metavar="X", help=f"divides the logits; 0 is greedy {own}")
-    add("--top_k", type=int, metavar="N", help=f"tokens to draw from, the best N; 0 is off {own}")
-    add("--top_p", type=float, metavar="P", help=f"probability to draw from, 0 < P <= 1; 1 is off {own}")
-    add("--min_p", type=float, metavar="P", help=f"least fraction of the best token's probability; 0 is off {own}")
-    add("--repetition_penalty", type=float, metavar="X", help=f"above 1, seen tokens are less likely; 1 is off {own}")
-    add("--max_new_tokens", type=int, default=200, metavar="N", help="tokens per sample, at most (default: 200)")
-    add("--num_samples", type=int, default=1, metavar="N", help="samples per preset; one is streamed (default: 1)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same text; any integer (default: 0)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable (default: none)")
-    add("--prompt", metavar="TEXT", help=f"text to continue; '' starts a new one (default: {DEFAULT_PROMPT!r})")
-    stdin = "- waits for stdin (default: stdin if text stands ready there: a file, or a pipe already written to)"
-    add("--prompt_file", metavar="FILE", help=f"UTF-8 text to continue, less one newline at its end; {stdin}")
-    add("--interactive", action="store_true", help="continue each line typed, until end of input (default: off)")
-    add("--json", action="store_true", help="one JSON object a sample, tokens counted (default: prompt and text)")
-    add("--truncate_left", action="store_true", help="cut a prompt of too many tokens on its left (default: an error)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto, the fastest there is)")
-    choices, bf16 = ["auto", "float32", "bfloat16"], "auto, what the hardware is best at"
-    add("--dtype", choices=choices, default="auto", help=f"of products; weights stay float32 (default: {bf16})")
-    return parser.parse_args(argv)
+EXAMPLES = [
+    "python inference.py                                    # the newest checkpoint, every preset",
+    'python inference.py --preset nucleus --prompt "The sea" --num_samples 3',
+]
+
+
+def unset(name):
+    """The flag of a field of Sampling, without a value: given, it overrides the preset's."""
+    about = Sampling.__dataclass_fields__[name].metadata
+    return field(default=None, metadata={**about, "help": f"{about['help']}; default: the preset's"})
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """What the command line says: which model, which text, which sampling."""
+
+    checkpoint: str | None = flag(
+        None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder", group="model and text"
+    )
+    prompt: str | None = flag(None, f"to continue, '' starts a new text; default: {DEFAULT_PROMPT!r}", unit="text")
+    prompt_file: str | None = flag(
+        None, "UTF-8 text to continue, less one newline at its end; - reads stdin to its end; default: stdin where it "
+        f"is a file or a pipe; a silent pipe is waited for, {PIPE_SECONDS} seconds", unit="file",
+    )  # fmt: skip
+    interactive: bool = flag(False, "continue each line typed, until end of input")
+    truncate_left: bool = flag(False, "cut a prompt of too many tokens on its left; else an error")
+
+    preset: str = flag("all", f"{'; '.join(f'{name}: {s}' for name, s in PRESETS.items())}; all: one after the other",
+                       unit="name", choices=(*PRESETS, "all"), group="sampling")  # fmt: skip
+    temperature: float | None = unset("temperature")
+    top_k: int | None = unset("top_k")
+    top_p: float | None = unset("top_p")
+    min_p: float | None = unset("min_p")
+    repetition_penalty: float | None = unset("repetition_penalty")
+    seed: int = flag(0, "same seed, same text; any integer")
+
+    max_new_tokens: int = flag(200, "of a sample, at most", at_least=1, unit="tokens", group="output")
+    num_samples: int = flag(1, "per preset; one is shown as it grows", at_least=1, unit="samples")
+    stop: tuple[str, ...] = flag((), "end before this text; repeatable", unit="text")
+    json: bool = flag(False, "one JSON object a sample; else prompt and text")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", unit="name")
+    dtype: str = flag("auto", "of products, weights stay float32; auto: what the hardware is best at", unit="name",
+                      choices=("auto", "float32", "bfloat16"))  # fmt: skip
+
+
+def problems(c: InferenceConfig) -> list[str]:
+    """Everything wrong with the flags and with what they name, a line each."""
+    found = range_problems(c)
+    if "" in c.stop:
+        found.append("--stop is empty; it must hold text")
+    prompts = [f"--{n}" for n in ("prompt", "prompt_file", "interactive") if getattr(c, n) not in (None, False)]
+    if len(prompts) > 1:
+        found.append(f"{' and '.join(prompts)} exclude each other")
+    for look in (lambda: pick_device(c.device), lambda: c.prompt_file in (None, "-") or read_text(c.prompt_file)):
+        try:
+            look()
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def parse_args(argv=None) -> InferenceConfig:
+    return parse(InferenceConfig, argv, "Continue a prompt with a trained model. Text to stdout, statistics to stderr.",
+                 EXAMPLES, problems)  # fmt: skip
 
 
 def read_text(source):
@@ -364,52 +396,41 @@ def read_text(source):
         raise UserError(f"prompt file {source}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def text_waiting():
-    """Text that stands ready on stdin, or ''. Never waits for some to arrive: a scheduler or CI may
-    have left us a pipe that nobody will ever write to or close."""
+def text_waiting() -> str:
+    """The text of stdin where it is a file or a pipe, else ''. A pipe that stays silent is waited for, and said so,
+    but not for ever: a scheduler or ssh may have left us one that nobody will ever write to or close."""
     try:
-        ready = not os.isatty(0) and select.select([0], [], [], 0)[0]
+        if os.isatty(0):
+            return ""
+        if not select.select([0], [], [], 0)[0]:
+            says = (
+                "the default prompt is continued then; --prompt_file - waits for its end, --prompt TEXT does not wait"
+            )
+            print(
+                f"waiting {PIPE_SECONDS} seconds for text from the pipe on stdin ({says})", file=sys.stderr, flush=True
+            )
+        ready = select.select([0], [], [], PIPE_SECONDS)[0]
     except OSError:  # no stdin at all, or Windows, where a pipe cannot be asked
         return ""
     return read_text("-") if ready else ""
 
 
-def read_prompt(args):
+def read_prompt(c: InferenceConfig):
     """The text to continue; None where it will be typed. Nothing but white space on stdin is no prompt."""
-    if args.interactive:
+    if c.interactive:
         return None
-    if args.prompt_file is not None:
-        return read_text(args.prompt_file)
-    if args.prompt is not None:
-        return args.prompt
+    if c.prompt_file is not None:
+        return read_text(c.prompt_file)
+    if c.prompt is not None:
+        return c.prompt
     text = text_waiting()
     return text if text.strip() else DEFAULT_PROMPT
 
 
-def resolve(args):
-    """(presets by name, prompt, device, dtype of products); or one UserError with everything that is wrong."""
-    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if getattr(args, f.name) is not None}
-    problems = [f"--{problem}" for problem in Sampling(**given).problems()]
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(args, name) < 1:
-            problems.append(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if "" in args.stop:
-        problems.append("--stop is empty; it must hold text")
-    prompts = [f"--{n}" for n in ("prompt", "prompt_file", "interactive") if getattr(args, n) not in (None, False)]
-    if len(prompts) > 1:
-        problems.append(f"{' and '.join(prompts)} exclude each other")
-    found = []
-    for find in (lambda: pick_device(args.device), lambda: read_prompt(args)):
-        try:
-            found.append(find())
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("; ".join(problems))
-    device, prompt = found
-    dtype = pick_dtype(args.dtype, device)
-    names = PRESETS if args.preset == "all" else [args.preset]
-    return {name: replace(PRESETS[name], **given) for name in names}, prompt, device, dtype
+def presets_of(c: InferenceConfig) -> dict:
+    """The presets asked for, by name, with the sampling flags given."""
+    given = {f.name: getattr(c, f.name) for f in fields(Sampling) if getattr(c, f.name) is not None}
+    return {name: replace(PRESETS[name], **given) for name in (PRESETS if c.preset == "all" else [c.preset])}
 
 
 def write(text):
@@ -469,7 +490,9 @@ def converse(model, tokenizer, presets, args):
 def main(argv=None):
     """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
     args = parse_args(argv)
-    presets, prompt, device, dtype = resolve(args)
+    presets, prompt = presets_of(args), read_prompt(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
         with contextlib.suppress(AttributeError):  # a notebook's streams are none of the system's
             stream.reconfigure(encoding="utf-8", errors="replace")

@@ -8,14 +8,16 @@ import io
 import itertools
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from support.cli import Parser, UserError, run
 from support.files import write_whole
 
 WIDTH, DPI = 10, 120  # inches, and pixels in one
@@ -307,17 +309,26 @@ def newest_run() -> Path:
     return found[-1].parent
 
 
+EXAMPLES = [
+    "python plot_run.py checkpoints/demo",
+    "python plot_run.py checkpoints/one checkpoints/two --x seconds --only loss speed --output both.png",
+]
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Which runs are drawn, and over what."""
+
+    runs: tuple[str, ...] = flag((), "directory or metrics.jsonl; default: the newest run", unit="run", positional=True)
+    output: str | None = flag(None, "the picture; default: curves.png beside the first run's metrics", unit="file")
+    x: str = flag("tokens", "horizontal axis", unit="name", choices=tuple(AXES))
+    only: tuple[str, ...] = flag(tuple(PANELS), "panels", unit="panel", choices=tuple(PANELS))
+
+
 def main(argv=None):
     """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    parser = Parser(description="Draw the curves of one run, or of several for comparison, into a PNG.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory or metrics.jsonl (default: the newest run)")
-    parser.add_argument(
-        "--output", metavar="FILE", help="the picture (default: curves.png beside the first run's metrics)"
-    )
-    parser.add_argument("--x", choices=AXES, default="tokens", help="horizontal axis (default: tokens)")
-    parser.add_argument("--only", nargs="+", choices=PANELS, default=PANELS, metavar="PANEL",
-                        help=f"of {', '.join(PANELS)} (default: all)")  # fmt: skip
-    args = parser.parse_args(argv)
+    description = "Draw the curves of one run, or of several for comparison, into a PNG."
+    args = parse(PlotConfig, argv, description, EXAMPLES)
     runs = args.runs or [newest_run()]
     output = args.output or find_metrics(runs[0])[1].with_name("curves.png")
     print(plot(runs, output, args.x, args.only))

@@ -18,15 +18,17 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import flag, parse, run  # isort: split
 
 import numpy as np
 import torch
 
 from data_processing_fineweb import FineWebBatchIterator, FineWebDataLoader, FineWebDataset
-from support.cli import Parser, UserError, run
 from support.runtime import pick_device, versions
 
 ROWS, STEPS_ALIKE, VOCAB = 16, 4, 50257  # of a micro-batch; micro-steps; ids below it
@@ -155,32 +157,28 @@ def measure(work, args):
     print(f"reading, not ahead, would be {TARGET:.0%} of a step at {TARGET * rate:,.0f} tokens/s of training")
 
 
-def parse_args(argv):
-    parser = Parser(description="Time the data loader; the table goes to stdout.")
-    add = parser.add_argument
-    add("--step_tokens_per_second", type=float, metavar="R", help="of training, as bench_train.py finds it")
-    add("--step_seconds", type=float, default=0.1, metavar="S", help="without it, the length of a step (default: 0.1)")
-    add("--device", default="cpu", help="to which batches are copied (default: cpu)")
-    add("--out", metavar="DIR", help="disk for the files with holes (default: the temporary one)")
-    add("--block_size", type=int, default=1024, metavar="N", help="tokens per sequence (default: 1024)")
-    add("--shards", type=int, default=100, metavar="N", help="default: 100")
-    add("--shard_tokens", type=int, default=100_000_000, metavar="N", help="default: 100,000,000")
-    add("--batches", type=int, default=200, metavar="N", help="global batches read for the first row (default: 200)")
-    add("--steps", type=int, default=30, metavar="N", help="steps waited for (default: 30)")
-    add("--opens", type=int, default=10, metavar="N", help="times each data set is opened (default: 10)")
-    add("--epochs", type=int, default=5, metavar="N", help="default: 5")
-    add("--epoch_tokens", type=int, default=500_000_000, metavar="N", help="0: not measured (default: 500,000,000)")
-    add("--tiny", action="store_true", help="small shards and few batches, to see whether everything runs")
-    args = parser.parse_args(argv)
+@dataclass
+class Config:
+    step_tokens_per_second: float | None = flag(None, "of training, as bench_train.py finds it", above=0)
+    step_seconds: float = flag(0.1, "without it, the length of a step", above=0, unit="seconds")
+    device: str = flag("cpu", "to which batches are copied", unit="name")
+    out: str | None = flag(None, "disk for the files with holes; default: the temporary one", unit="folder")
+    block_size: int = flag(1024, "per sequence", at_least=1, unit="tokens")
+    shards: int = flag(100, "files", at_least=1)
+    shard_tokens: int = flag(100_000_000, "in each", at_least=1, unit="tokens")
+    batches: int = flag(200, "global batches read for the first row", at_least=1)
+    steps: int = flag(30, "waited for", at_least=1, unit="steps")
+    opens: int = flag(10, "times each data set is opened", at_least=1)
+    epochs: int = flag(5, "read for the last rows", at_least=1)
+    epoch_tokens: int = flag(500_000_000, "in each; 0: not measured", at_least=0, unit="tokens")
+    tiny: bool = flag(False, "small shards and few batches, to see whether everything runs")
+
+
+def parse_args(argv) -> Config:
+    args = parse(Config, argv, "Time the data loader; the table goes to stdout.", ["python benchmarks/bench_data.py"])
     if args.tiny:
         args.shards, args.shard_tokens, args.block_size, args.epoch_tokens = 3, 200_000, 64, 100_000
         args.batches, args.steps, args.opens, args.step_seconds = 5, 3, 2, 0.01
-    positive = ("block_size", "shards", "batches", "steps", "opens", "epochs", "step_seconds")
-    wrong = [f"--{name}" for name in positive if getattr(args, name) <= 0]
-    if args.step_tokens_per_second is not None and args.step_tokens_per_second <= 0:
-        wrong.append("--step_tokens_per_second")
-    if wrong:
-        raise UserError(f"{', '.join(wrong)} must be positive")
     return args
 
 

@@ -17,9 +17,12 @@ ones cost.
 import copy
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import torch
 from bench_hellaswag import timed
@@ -28,7 +31,6 @@ import export_hf
 import inference
 from checkpoint import load_model
 from model import GPT, GPTConfig
-from support.cli import Parser, UserError, run
 from support.runtime import DTYPES, autocast, pick, versions
 
 READ_BYTES = 2**29  # far more than caches hold
@@ -137,25 +139,28 @@ def table(rates, bound, batch) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv):
-    parser = Parser(description="Time sampling in three ways beside the device's limit; the table goes to stdout.")
-    add = parser.add_argument
-    add("--new_tokens", type=int, default=512, metavar="N", help="per sample (default: 512)")
-    add("--prompt_tokens", type=int, default=16, metavar="N", help="of the prompt (default: 16)")
-    add("--batches", default="1,16", metavar="N,N", help="numbers of samples at a time (default: 1,16)")
-    add("--repeats", type=int, default=3, metavar="N", help="turns (default: 3)")
-    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: 124M, random weights)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of products (default: auto)")
-    add("--tiny", action="store_true", help="one small layer and 8 tokens, to see whether everything runs")
-    args = parser.parse_args(argv)
+@dataclass
+class Config:
+    new_tokens: int = flag(512, "per sample", at_least=1, unit="tokens")
+    prompt_tokens: int = flag(16, "of the prompt", at_least=1, unit="tokens")
+    batches: str = flag("1,16", "numbers of samples at a time", unit="n,n")
+    repeats: int = flag(3, "turns", at_least=1)
+    checkpoint: str | None = flag(None, "a run or one checkpoint; default: 124M, random weights", unit="folder")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
+    dtype: str = flag("auto", "of products", unit="name", choices=("auto", "float32", "bfloat16"))
+    tiny: bool = flag(False, "one small layer and 8 tokens, to see whether everything runs")
+
+
+def parse_args(argv) -> Config:
+    description = "Time sampling in three ways beside the device's limit; the table goes to stdout."
+    args = parse(Config, argv, description, ["python benchmarks/bench_generate.py --batches 1"])
     args.new_tokens = 8 if args.tiny else args.new_tokens
     try:
         args.batches = [int(n) for n in args.batches.split(",")]
     except ValueError:
         raise UserError(f"--batches is {args.batches!r}; it must be numbers with commas between") from None
-    if min(args.new_tokens, args.prompt_tokens, args.repeats, *args.batches) < 1:
-        raise UserError("--new_tokens, --prompt_tokens, --batches and --repeats must be at least 1")
+    if min(args.batches) < 1:
+        raise UserError("--batches must be at least 1")
     return args
 
 

@@ -12,9 +12,12 @@ examples are spread evenly over the file, whose first third is much shorter than
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import flag, parse, run  # isort: split
 
 import numpy as np
 import torch
@@ -22,7 +25,6 @@ import torch.nn.functional as F
 
 import hellaswag_eval
 from model import GPT, GPTConfig
-from support.cli import Parser, UserError, run
 from support.runtime import autocast, pick, versions
 from tokenizer import load_tokenizer
 
@@ -70,25 +72,21 @@ def table(seconds, examples) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv):
-    parser = Parser(description="Time HellaSwag in three ways; the table goes to stdout.")
-    add = parser.add_argument
-    add("--examples", type=int, default=200, metavar="N", help="spread evenly over the file (default: 200)")
-    add("--data", metavar="FILE", help="HellaSwag JSONL on this machine (default: downloaded once)")
-    add("--tokenizer", default="gpt2", help="hub name, folder or tokenizer.json (default: gpt2)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of products (default: auto)")
-    add("--batch_tokens", type=int, metavar="N", help="of a batch in the last two ways (default: theirs)")
-    add("--repeats", type=int, default=5, metavar="N", help="turns (default: 5)")
-    add("--tiny", action="store_true", help="a model of one small layer, to see whether everything runs")
-    args = parser.parse_args(argv)
-    if min(args.examples, args.repeats, args.batch_tokens or 1) < 1:
-        raise UserError("--examples, --repeats and --batch_tokens must be at least 1")
-    return args
+@dataclass
+class Config:
+    examples: int = flag(200, "spread evenly over the file", at_least=1)
+    data: str | None = flag(None, "HellaSwag on this machine; default: downloaded once", unit="file")
+    tokenizer: str = flag("gpt2", "hub name, folder or tokenizer.json", unit="name")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
+    dtype: str = flag("auto", "of products", unit="name", choices=("auto", "float32", "bfloat16"))
+    batch_tokens: int | None = flag(None, "of a batch in the last two ways; default: theirs", at_least=1, unit="tokens")
+    repeats: int = flag(5, "turns", at_least=1)
+    tiny: bool = flag(False, "a model of one small layer, to see whether everything runs")
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    examples = ["python benchmarks/bench_hellaswag.py --data hellaswag_val.jsonl"]
+    args = parse(Config, argv, "Time HellaSwag in three ways; the table goes to stdout.", examples)
     device, dtype = pick(args.device, args.dtype)
     examples = hellaswag_eval.load_examples(args.data)
     examples = examples[:: max(1, len(examples) // args.examples)][: args.examples]

@@ -15,11 +15,13 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,6 @@ import model
 import train
 from prepare_fineweb import prepare
 from sources import find_files
-from support.cli import Parser, UserError, run
 from support.demo_corpus import train_tokenizer
 
 STEPS = 500  # of 2,048 tokens: 1M tokens, about one for each parameter
@@ -197,20 +198,22 @@ def make_corpus(directory, local_files, val_files, vocab_size):
         prepare(directory, tokenizer=folder, local_files=local_files, val_files=val_files, max_tokens=CORPUS_TOKENS)
 
 
+@dataclass(frozen=True)
+class Config:
+    data_dir: str = flag("recipe_corpus", "prepared corpus; made if it is not there", unit="folder")
+    local_files: tuple[str, ...] = flag((), "training text to make it from, parquet files", unit="glob")
+    val_files: tuple[str, ...] = flag((), "validation text", unit="glob")
+    vocab_size: int = flag(2048, "of the corpus's tokenizer", at_least=1)
+    recipes: tuple[str, ...] = flag(tuple(RECIPES), "by name; default: all of them", unit="name")
+    seeds: tuple[int, ...] = flag((1, 2, 3), "a run each", unit="n")
+    steps: int = flag(STEPS, "of the recipes that do not say another number", at_least=1, unit="steps")
+    processes: int = flag(2, "runs side by side, one core each", at_least=1)
+    results: str = flag("benchmarks/results/recipes.jsonl", "gathers the runs", unit="file")
+
+
 def main(argv=None):
-    parser = Parser(description="Final loss of training recipes at small scale.")
-    parser.add_argument("--data_dir", default="recipe_corpus", help="prepared corpus; made if it is not there")
-    parser.add_argument(
-        "--local_files", nargs="+", help="training text to make it from, as prepare_fineweb.py takes it"
-    )
-    parser.add_argument("--val_files", nargs="+", help="validation text")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="of the corpus's tokenizer")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="default: all of them")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the recipes that do not say another number")
-    parser.add_argument("--processes", type=int, default=2, help="runs side by side, one core each")
-    parser.add_argument("--results", default="benchmarks/results/recipes.jsonl", help="file that gathers the runs")
-    args = parser.parse_args(argv)
+    examples = ["python benchmarks/bench_recipe.py --recipes default fast"]
+    args = parse(Config, argv, "Final loss of training recipes at small scale.", examples)
     unknown = [name for name in args.recipes if name not in RECIPES]
     if unknown:
         raise UserError(f"no recipe {unknown[0]!r}; there are: {'; '.join(RECIPES)}")

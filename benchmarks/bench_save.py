@@ -10,15 +10,17 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from support.cli import flag, parse, run  # isort: split
+
+import torch
+
 import checkpoint
 from model import GPT, GPTConfig
-from support.cli import Parser, run
 from support.runtime import pick_device
 
 
@@ -47,13 +49,16 @@ def timed(function):
     return time.perf_counter() - began, result
 
 
+@dataclass(frozen=True)
+class Config:
+    out: str | None = flag(None, "on the disk to measure; default: the temporary one", unit="folder")
+    repeats: int = flag(5, "turns", at_least=1)
+    device: str = flag("cpu", "where the model is", unit="name")
+    tiny: bool = flag(False, "a model of one small layer, to see whether it runs")
+
+
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=None, help="folder on the disk to measure (default: the temporary one)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tiny", action="store_true", help="a model of one small layer, to see whether it runs")
-    args = parser.parse_args(argv)
+    args = parse(Config, argv, __doc__.splitlines()[0], ["python benchmarks/bench_save.py --out /mnt/disk"])
     torch.manual_seed(0)
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "valid_vocab_size": 500} if args.tiny else {}
     model = GPT(GPTConfig(**shape)).to(pick_device(args.device))

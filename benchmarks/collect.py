@@ -7,24 +7,30 @@ it, and writes samples.md (see write_samples.py) from the newest checkpoint.
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from support.cli import REQUIRED, flag, parse, run  # isort: split
+
 from write_samples import write_samples
 
 from plot_run import plot
-from support.cli import Parser, run
 from support.tracking import read_rows
 
 EVERY = 10
 
 
+@dataclass(frozen=True)
+class Config:
+    run: Path = flag(REQUIRED, "a run's directory", positional=True)
+    destination: Path = flag(REQUIRED, "the folder for what is kept", positional=True)
+
+
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run's directory")
-    parser.add_argument("destination", type=Path, help="the folder for what is kept")
-    args = parser.parse_args(argv)
+    examples = ["python benchmarks/collect.py checkpoints/RUN benchmarks/results/RUN"]
+    args = parse(Config, argv, "Keeps what a finished run showed.", examples)
     args.destination.mkdir(parents=True, exist_ok=True)
     plot([args.run], args.destination / "curves.png")
     shutil.copyfile(args.run / "run.json", args.destination / "run.json")

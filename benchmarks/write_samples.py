@@ -9,15 +9,17 @@ checkpoint, the seed and the command that writes it again.
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import torch
 
 from checkpoint import find_checkpoint, load_model, step_of
 from inference import PRESETS, Sample, grow
-from support.cli import Parser, UserError, run
 from support.files import write_whole
 from support.runtime import autocast, pick
 
@@ -77,15 +79,18 @@ def write_samples(checkpoint, output, seed=0, max_new_tokens=100, device="auto")
     return Path(output)
 
 
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
+    output: str = flag("samples.md", "the markdown", unit="file")
+    seed: int = flag(0, "of the samples")
+    max_new_tokens: int = flag(100, "per sample, at most", at_least=1, unit="tokens")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
+
+
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
-    add("--output", default="samples.md", metavar="FILE", help="the markdown (default: samples.md)")
-    add("--seed", type=int, default=0, metavar="N", help="of the samples (default: 0)")
-    add("--max_new_tokens", type=int, default=100, metavar="N", help="per sample, at most (default: 100)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    print(write_samples(**vars(parser.parse_args(argv))))
+    examples = ["python benchmarks/write_samples.py --checkpoint checkpoints/demo"]
+    print(write_samples(**vars(parse(Config, argv, __doc__.splitlines()[0], examples))))
 
 
 if __name__ == "__main__":

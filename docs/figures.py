@@ -13,9 +13,13 @@ Shapes: B rows, T tokens, H heads, D channels per head, L layers.
 import io
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import numpy as np
 import torch
@@ -24,13 +28,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from checkpoint import find_checkpoint, load_model
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset
 from model import GPT, GPTConfig, rope_angles, rotate
 from plot_run import CIRCLE, COLORS, GREY, marked, noisy, number, read_metrics
-from support.cli import Parser, UserError, run
 from support.files import write_json, write_whole
 from train import PRESETS, lr_at
 
@@ -417,15 +418,24 @@ FIGURES = {
 }
 
 
+EXAMPLES = [
+    "python docs/figures.py --checkpoint checkpoints/edu-10m --val_data_dir edu_corpus_val",
+    "python docs/figures.py --only rope schedule order        # those that need neither",
+]
+
+
+@dataclass
+class FiguresConfig:
+    checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
+    val_data_dir: str | None = flag(None, "validation shards with the checkpoint's tokenizer", unit="folder")
+    metrics: Path = flag(METRICS, "metrics.jsonl of the loss; default: edu-10m's", unit="file")
+    only: tuple[str, ...] = flag(tuple(FIGURES), "figures", unit="name", choices=tuple(FIGURES))
+    out_dir: Path = flag(HERE / "figures", "where they go; default: docs/figures", unit="folder")
+    name: str = ""  # of the checkpoint, once it is found
+
+
 def main(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--checkpoint", metavar="DIR", help="a run's directory or one checkpoint (default: newest under checkpoints/)")
-    add("--val_data_dir", metavar="DIR", help="validation shards with the checkpoint's tokenizer")
-    add("--metrics", type=Path, default=METRICS, metavar="FILE", help="metrics.jsonl of the loss (default: edu-10m's)")
-    add("--only", nargs="+", choices=FIGURES, default=[*FIGURES], metavar="NAME", help=f"of {', '.join(FIGURES)}")
-    add("--out_dir", type=Path, default=HERE / "figures", metavar="DIR", help="where they go (default: docs/figures)")
-    args = parser.parse_args(argv)
+    args = parse(FiguresConfig, argv, __doc__.splitlines()[0], EXAMPLES)
     if args.val_data_dir is None and {"decay", "attention", "context", "loss"} & {*args.only}:
         raise UserError("--val_data_dir is missing; decay, attention, context and loss are measured on its shards")
     if {"decay", "attention", "context"} & {*args.only}:

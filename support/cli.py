@@ -55,7 +55,8 @@ def flag(default, help, *, at_least=None, above=None, below=None, at_most=None, 
 
     Its type is str, int, float, bool, Path, one of these or None, or a tuple of one of these for several values.
     `at_least`, `above`, `below`, `at_most` and `choices` limit each value; None, where the type allows it, is always
-    good. `unit` (tokens, FILE ...) stands for the value in --help. `group` is a heading in --help, over this field
+    good. `help` says what the value is for; a default that is not in the field is told at its end: "; default: all".
+    `unit` (tokens, FILE ...) stands for the value in --help. `group` is a heading in --help, over this field
     and those that follow it. A `positional` value is given without its name.
     """
     limits = dict(at_least=at_least, above=above, below=below, at_most=at_most)
@@ -161,14 +162,26 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def default_of(f, several) -> str:
+    """A field's default for --help; '' where there is none to show."""
+    if f.default is None or f.default is MISSING:
+        return ""
+    if f.default is False:
+        return "off"
+    if several:
+        return "all" if f.default == f.metadata["choices"] else ", ".join(map(str, f.default)) or "none"
+    return str(f.default)
+
+
 def add_flag(group, f, kind, several):
     """Adds one field to a group of a parser. What is not given on the command line is left out of the result."""
-    about, default = f.metadata, f.default
-    text = about["help"] + (f", {range_of(f)}" if range_of(f) else "")
+    about = f.metadata
+    what, _, default = about["help"].partition("; default: ")
+    if not default:
+        default = default_of(f, several)
+    text = "; ".join(filter(None, [what, range_of(f)]))
     text += f" [{', '.join(map(str, about['choices']))}]" if about["choices"] else ""
-    if default not in (None, False, MISSING, ()):
-        words = "all" if several and default == about["choices"] else default
-        text += f" (default: {', '.join(map(str, words)) if isinstance(words, tuple) else words})"
+    text += f" (default: {default})" if default else ""
     how = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if kind is bool:
         group.add_argument(f"--{f.name}", action="store_true", **how)
@@ -177,15 +190,14 @@ def add_flag(group, f, kind, several):
             group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", **hidden)
         return
     short = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
-    how |= {"type": kind, "metavar": (about["unit"] or short).upper()}
+    how |= {"type": kind, "metavar": (about["unit"] or (f.name if about["positional"] else short)).upper()}
     if about["positional"]:
-        given_always = default is MISSING
-        group.add_argument(f.name, nargs=("+" if given_always else "*") if several else (None if given_always else "?"),
-                           **how)  # fmt: skip
+        required, optional = ("+", "*") if several else (None, "?")
+        group.add_argument(f.name, nargs=required if f.default is MISSING else optional, **how)
     elif several:  # --only a b and --only a --only b
-        group.add_argument(f"--{f.name}", nargs="+", action="extend", required=default is MISSING, **how)
+        group.add_argument(f"--{f.name}", nargs="+", action="extend", required=f.default is MISSING, **how)
     else:
-        group.add_argument(f"--{f.name}", required=default is MISSING, **how)
+        group.add_argument(f"--{f.name}", required=f.default is MISSING, **how)
 
 
 def read_flags(Config, argv=None, description=None, examples=()) -> dict:

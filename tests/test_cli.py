@@ -22,7 +22,7 @@ class Config:
     command: str = flag("write", "what to do", choices=("write", "read"), unit="command", positional=True)
     runs: tuple[str, ...] = flag((), "folders", unit="run", positional=True)
     lr: float = flag(1e-3, "rate", above=0, below=1, group="optimization")
-    steps: int | None = flag(None, "default: all", at_least=1, at_most=1000, unit="steps")
+    steps: int | None = flag(None, "how many; default: all", at_least=1, at_most=1000, unit="steps")
     bias: bool = flag(False, "with biases")
     no_shuffle: bool = flag(False, "in order")
     out: Path = flag(Path("out"), "where to", group="files")
@@ -73,7 +73,7 @@ def test_wrong_types_from_python(values, expected):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--step", "3"], "unrecognized arguments: --step 3; did you mean --steps?"),
+    (["--step"], "unrecognized arguments: --step; did you mean --steps?"),
     (["--no-shuffle"], "--no-shuffle; did you mean --no_shuffle?"),
     (["--stepz=3"], "did you mean --steps?"),
     (["--zzz"], "unrecognized arguments: --zzz (--help lists the flags)"),
@@ -94,7 +94,7 @@ def test_required_flags():
         folder: str = flag(REQUIRED, "which", positional=True)
 
     assert parse(Needs, ["a"]).folder == "a"
-    with pytest.raises(UserError, match="required: folder"):
+    with pytest.raises(UserError, match="required: FOLDER"):
         parse(Needs, [])
 
 
@@ -104,8 +104,8 @@ def test_help_shows_range_default_group_and_examples(capsys):
         read_flags(Config, ["--help"], "What it does.", ["python it.py read a", "python it.py --lr 0.1"])
     text = " ".join(capsys.readouterr().out.split())
     assert "What it does." in text and text.endswith("examples: python it.py read a python it.py --lr 0.1")
-    assert "optimization: --lr X rate, above 0 and below 1 (default: 0.001)" in text
-    assert "--steps STEPS default: all, at least 1 and at most 1,000" in text
+    assert "optimization: --lr X rate; above 0 and below 1 (default: 0.001)" in text
+    assert "--steps STEPS how many; at least 1 and at most 1,000 (default: all)" in text
     assert "panels [loss, speed] (default: all)" in text and "--no_bias" not in text
     assert text.index("--bias") < text.index("files: --out PATH where to (default: out)")
 

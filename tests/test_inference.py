@@ -9,6 +9,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -542,10 +544,28 @@ def stdin():
     os.close(saved)
 
 
-def test_silent_open_stdin_does_not_hang(stdin):
+def test_silent_open_stdin_does_not_hang(stdin, monkeypatch, capsys):
     """What CI and job schedulers leave a process: a pipe without text that nobody closes."""
+    monkeypatch.setattr(inference, "PIPE_SECONDS", 0.1)
     args = inference.parse_args([])
     assert inference.read_prompt(args) == inference.DEFAULT_PROMPT
+    assert "waiting 0.1 seconds for text from the pipe" in capsys.readouterr().err
+
+
+def test_a_pipe_slower_than_our_start_is_the_prompt(stdin):
+    """Bug: what a program before the pipe had not yet written was taken for no text; its answer was thrown away."""
+
+    def later():
+        time.sleep(0.3)
+        stdin.write(b"late ")
+        time.sleep(0.1)
+        stdin.write(b"text\n")
+        stdin.close()
+
+    writer = threading.Thread(target=later)
+    writer.start()
+    assert inference.read_prompt(inference.parse_args([])) == "late text"
+    writer.join()
 
 
 @pytest.mark.parametrize("text, prompt", [("Çava \n", "Çava "), ("", None), (" \n", None)])

@@ -102,7 +102,10 @@ def read_llmc_header(path, f):
     header = np.frombuffer(f.read(12).ljust(12, b"\0"), "<i4")
     dtype = LLMC.get((int(header[0]), int(header[1])))
     if dtype is None:
-        raise UserError(f"{path}: magic {header[0]}, version {header[1]}; expected llm.c's {list(LLMC)}")
+        raise UserError(
+            f"{path}: magic {header[0]}, version {header[1]}; expected llm.c's {list(LLMC)}. Tokens without header, as "
+            f"nanoGPT has them, train as .npy: numpy.save('train.npy', numpy.fromfile({path.name!r}, 'uint16'))"
+        )
     return (int(header[2]),), dtype, LLMC_HEADER
 
 

@@ -151,7 +151,7 @@ class TrainConfig:
 
     def __init__(self, preset="gpt2-124m", **given):
         known = {f.name: f.default for f in fields(self)}
-        if preset not in PRESET_VALUES:
+        if str(preset) not in PRESET_VALUES:
             wrong = f"preset {preset!r} does not exist; there are {', '.join(PRESET_VALUES)}"
             raise UserError(wrong + did_you_mean(preset, PRESET_VALUES))
         if unknown := given.keys() - known.keys():
@@ -219,13 +219,13 @@ def batch_problems(c: TrainConfig, world) -> list[str]:
     rows, rest = divmod(c.total_batch_tokens, c.block_size * world)  # sequences of one device in a step
     if rest == 0:
         sizes = [n for n in range(1, min(rows, 4096) + 1) if rows % n == 0]
-        flag_name, good = "batch_size", sorted(sorted(sizes, key=lambda n: abs(n - c.batch_size))[:6])
+        flag_name, good = "batch_size", sorted(sorted(sizes, key=lambda n: abs(n - c.batch_size))[:4])
     else:
         below = c.total_batch_tokens // tokens * tokens
         flag_name, good = "total_batch_tokens", [n for n in (below, below + tokens) if n]
     return [
         f"--total_batch_tokens {c.total_batch_tokens:,} does not divide by batch_size {c.batch_size} x block_size "
-        f"{c.block_size} x {world} device(s) = {tokens:,}; --{flag_name} could be {' or '.join(map(str, good))}"
+        f"{c.block_size} x {world} device(s) = {tokens:,}; --{flag_name} could be {', '.join(map(str, good))}"
     ]
 
 
@@ -273,6 +273,7 @@ def open_data(c: TrainConfig, rt) -> Data:
     find_shards(c.data_dir, "train")  # missing data is the first thing to say
     kept = Path(c.data_dir, "tokenizer")
     tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"))
+    refuse_long_prompt(c, tokenizer)
     train_data = FineWebDataset(c.data_dir, c.block_size, "train", tokenizer.vocab_size)
     val_data = FineWebDataset(val_directory(c), c.block_size, "val", tokenizer.vocab_size)
     for data in (train_data, val_data):
@@ -284,6 +285,16 @@ def open_data(c: TrainConfig, rt) -> Data:
 def val_directory(c: TrainConfig) -> str:
     beside = c.data_dir.rstrip("/\\") + "_val"
     return c.val_data_dir or (beside if Path(beside).is_dir() else c.data_dir)
+
+
+def refuse_long_prompt(c: TrainConfig, tokenizer):
+    """UserError before the first step, not at the first sample."""
+    tokens = len(tokenizer.encode(c.sample_prompt)) if c.sample_interval else 0
+    if tokens > c.block_size:
+        raise UserError(
+            f"--sample_prompt {c.sample_prompt!r} has {tokens} tokens, and the context --block_size {c.block_size}; "
+            "give a shorter one, or --sample_interval 0"
+        )
 
 
 def refuse_other_tokenizer(data, tokenizer):

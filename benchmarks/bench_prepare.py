@@ -32,10 +32,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from support.cli import Parser, UserError, run  # isort: split
+
 import numpy as np
 
 from prepare_fineweb import cores
-from support.cli import Parser, UserError, run
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"

@@ -30,13 +30,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from support.cli import Parser, UserError, run  # isort: split
+
 import torch
 
 import train
 from data_processing_fineweb import Batch
 from model import GPT
 from support import runtime
-from support.cli import Parser, UserError, run
 
 CONTESTANTS = ("ours", "muon", "transformers", "nanogpt")
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32}

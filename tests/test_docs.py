@@ -87,7 +87,8 @@ def test_quoted_code_is_in_the_source_line_by_line(chapter):
 def flags_of(script) -> set[str]:
     if script.name == "train.py":
         return set(TrainConfig.__dataclass_fields__)
-    return set(re.findall(r'"--(\w+)"', script.read_text(encoding="utf-8")))
+    text = script.read_text(encoding="utf-8")
+    return set(re.findall(r'"--(\w+)"', text)) | set(re.findall(r"^    (\w+): [^=\n]+ = (?:flag|unset)\(", text, re.M))
 
 
 @every_chapter

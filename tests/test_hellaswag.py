@@ -380,7 +380,7 @@ def write_lines(path, *lines):
         ({key: GOOD[key] for key in ("activity_label", "ctx", "label", "endings")}, "ctx_a is None"),
         ({**GOOD, "activity_label": ["x"]}, r"activity_label is \['x'\]"),
         ({**GOOD, "label": 4}, "label is 4"),
-        ({**GOOD, "label": "2"}, "label is '2'"),
+        ({**GOOD, "label": "4"}, "label is '4'"),
         ({**GOOD, "label": True}, "label is True"),
         ({**GOOD, "endings": ["a", "b", "c"]}, "expected 4 strings"),
         ({**GOOD, "endings": ["a", "b", "c", ""]}, "none of them empty"),
@@ -392,6 +392,26 @@ def test_malformed_line_is_named(tmp_path, line, why):
     path = write_lines(tmp_path / "some.jsonl", GOOD, line, GOOD)
     with pytest.raises(UserError, match=rf"some\.jsonl, line 2: .*{why}"):
         hs.load_examples(path)
+
+
+def test_examples_as_the_hub_has_them(tmp_path):
+    """Bug: the label as text, as Rowan/hellaswag ships it in JSON and parquet, was refused."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    theirs = {"ind": 3, **GOOD, "label": "3", "source_id": "x", "split": "val", "split_type": "indomain"}
+    lines = write_lines(tmp_path / "hub.jsonl", theirs)
+    parquet.write_table(pyarrow.Table.from_pylist([theirs, theirs | {"label": "0"}]), tmp_path / "hub.parquet")
+    assert [e["label"] for e in hs.load_examples(lines)] == [3]
+    assert hs.load_examples(lines)[0]["endings"] == GOOD["endings"]
+    assert [e["label"] for e in hs.load_examples(tmp_path / "hub.parquet")] == [3, 0]
+    assert hs.load_examples(tmp_path / "hub.parquet", 1) == hs.load_examples(lines)
+    parquet.write_table(pyarrow.Table.from_pylist([theirs, theirs | {"label": ""}]), tmp_path / "test.parquet")
+    with pytest.raises(UserError, match=r"test\.parquet, row 2: label is ''"):
+        hs.load_examples(tmp_path / "test.parquet")
+    (tmp_path / "page.parquet").write_text("<html>")
+    with pytest.raises(UserError, match=r"page\.parquet: cannot be read"):
+        hs.load_examples(tmp_path / "page.parquet")
 
 
 def test_local_files(tmp_path):

@@ -94,7 +94,7 @@ def test_only_some_panels(tmp_path, capsys):
     assert few[0] == all_of_them[0] and few[1] < all_of_them[1] / 2, "one panel makes a low picture"
     plot_run.main([str(folder), "--only", "lr", "loss"])
     assert run(lambda: plot_run.main([str(folder), "--only", "accuracy"])) == 2
-    assert "choose from 'loss', 'perplexity'" in capsys.readouterr().err
+    assert "it must be one of loss, perplexity" in capsys.readouterr().err
 
 
 def test_several_runs(tmp_path):

@@ -543,7 +543,8 @@ class ExportConfig:
 def problems(c: ExportConfig) -> list[str]:
     found = range_problems(c)
     if c.command == "import":
-        found += [f"import takes no --{n}" for n in ("checkpoint", "dtype", "push_to_hub") if getattr(c, n) is not None]
+        given = [f"--{n}" for n in ("checkpoint", "dtype", "push_to_hub") if getattr(c, n) is not None]
+        found += [f"import takes no {', '.join(given)}"] if given else []
         if c.folder is None:
             found.append("import which folder? export_hf.py import FOLDER --out_dir checkpoints/NAME")
     elif c.folder is not None:

@@ -563,7 +563,7 @@ def test_both_ways_on_the_command_line(saved, tmp_path, monkeypatch, capsys):
         (["import", "no_such"], "no_such: not a folder"),
         (["export", "x"], "export takes no folder"),
         (["--push_to_hub", "name"], "expected USER/NAME"),
-        (["--dtype", "int8"], "invalid choice"),
+        (["--dtype", "int8"], "int8.*one of float32, bfloat16, float16"),
         (["--checkpoint", "no_such"], "no_such: does not exist"),
     ],
 )

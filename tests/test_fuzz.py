@@ -127,8 +127,8 @@ def toy(shards, tmp_path):
     """A run at step 0 whose directory holds the checkpoint of step 3."""
     config = TrainConfig(
         run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(shards), block_size=8, n_layer=1, n_head=1,
-        n_embd=8, max_steps=10, batch_size=2, total_batch_tokens=16, hellaswag_interval=0, device="cpu",
-        dtype="float32", compile="off",
+        n_embd=8, sample_interval=0, max_steps=10, batch_size=2, total_batch_tokens=16, hellaswag_interval=0,
+        device="cpu", dtype="float32", compile="off",
     )  # fmt: skip
     rt = runtime.Runtime(torch.device("cpu"), "float32")
     toy_data = train_module.open_data(config, rt)

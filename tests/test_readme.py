@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from support.tracking import read_rows
-from train import PRESETS, TrainConfig, report
+from support.tracking import read_rows, validation_in_words
+from train import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,7 +42,9 @@ def test_results_it_quotes_are_those_of_the_committed_runs():
         for name in ("demo", "edu-10m", "edu-10m-seed2", "edu-10m-fast600")
     }
     printed = re.findall(r"^step (\d+): validation (.*)$", README, re.M)
-    assert len(printed) >= 3 and all(text == report(vals["demo"][int(step)]) for step, text in printed), printed
+    assert len(printed) >= 3 and all(text == validation_in_words(vals["demo"][int(step)]) for step, text in printed), (
+        printed
+    )
     for name, rows in vals.items():
         first, last = rows[0]["perplexity"], rows[max(rows)]["perplexity"]
         assert re.search(rf"(?<![\d,.]){first:,.0f}\b", said) and re.search(rf"(?<![\d,.]){last:.1f}\b", said), name

@@ -23,6 +23,7 @@ class Config:
     command: str = flag("write", "what to do", choices=("write", "read"), unit="command", positional=True)
     runs: tuple[str, ...] = flag((), "folders", unit="run", positional=True)
     lr: float = flag(1e-3, "rate", above=0, below=1, group="optimization")
+    theta: float = flag(1.0, "without limits")
     steps: int | None = flag(None, "how many; default: all", at_least=1, at_most=1000, unit="steps")
     bias: bool = flag(False, "with biases")
     no_shuffle: bool = flag(False, "in order")
@@ -36,7 +37,7 @@ def test_types_and_several_values():
         Config,
         ["read", "a", "b", "--steps", "3", "--bias", "--out", "x", "--only", "loss", "--only", "speed", "--lr", ".5"],
     )
-    assert c == Config("read", ("a", "b"), 0.5, 3, True, False, Path("x"), ("loss", "speed"))
+    assert c == Config("read", ("a", "b"), 0.5, 1.0, 3, True, False, Path("x"), ("loss", "speed"))
     assert parse(Config, []) == Config()
     assert read_flags(Config, ["--lr", "0.1"]) == {"lr": 0.1}, "what is not given is left out"
     assert parse(Config, ["--bias", "--no_bias"]).bias is False
@@ -56,7 +57,8 @@ def test_all_problems_at_once_with_found_and_expected():
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
 def test_no_number_is_nan_or_infinite(text):
     """Bug: every comparison with NaN is false, so a check written the other way round lets it pass."""
-    assert run(lambda: parse(Config, [f"--lr={text}"])) == 2
+    for name in ("lr", "theta"):
+        assert run(lambda name=name: parse(Config, [f"--{name}={text}"])) == 2
 
 
 @pytest.mark.parametrize("values, expected", [

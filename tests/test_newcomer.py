@@ -92,7 +92,7 @@ def test_a_preset_in_python_is_the_commands_preset():
     """Bug: TrainConfig(preset="demo") was GPT-2 124M under the demo's name, on 10B tokens."""
     assert TrainConfig(preset="demo") == PRESETS["demo"] == parse(["--preset", "demo"])
     assert TrainConfig("demo", n_layer=12) == parse(["--preset", "demo", "--n_layer", "12"])
-    assert TrainConfig("demo", n_layer=12).n_layer == 12
+    assert (TrainConfig("demo").data_dir, TrainConfig("demo", n_layer=12).n_layer) == ("demo_corpus", 12)
     assert TrainConfig() == PRESETS["gpt2-124m"] and replace(PRESETS["demo"], seed=1) == TrainConfig("demo", seed=1)
     with pytest.raises(UserError, match=r"preset 'dmo' does not exist; .*did you mean demo\?"):
         TrainConfig("dmo")

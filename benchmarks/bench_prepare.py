@@ -28,11 +28,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support.cli import Parser, UserError, run  # isort: split
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import numpy as np
 
@@ -194,28 +195,23 @@ def make_text(path):
     return [str(path)]
 
 
-def parse_args(argv):
-    parser = Parser(description="Time prepare_fineweb.py beside tokenizing alone; the table goes to stdout.")
-    add = parser.add_argument
-    add("--data", nargs="+", metavar="GLOB", help="parquet files to read")
-    add("--text_column", default="text", metavar="NAME", help="default: text")
-    add("--tokenizer", default="gpt2", help="hub name, folder or tokenizer.json (default: gpt2)")
-    add("--out", metavar="DIR", help="disk for the shards (default: the temporary one)")
-    add("--cores", type=int, metavar="N", help="processes of the second row of prepare (default: all cores)")
-    add("--repeats", type=int, default=3, metavar="N", help="turns (default: 3)")
-    add(
-        "--times",
-        type=int,
-        default=10,
-        metavar="N",
-        help="names per file for the larger input (default: 10)",
-    )
-    add("--shard_tokens", type=int, default=5_000_000, metavar="N", help="tokens per shard (default: 5,000,000)")
-    add("--tiny", action="store_true", help="2 MB made for the purpose, to see whether everything runs")
-    args = parser.parse_args(argv)
+@dataclass
+class Config:
+    data: tuple[str, ...] = flag((), "parquet files to read", unit="glob")
+    text_column: str = flag("text", "of the text", unit="name")
+    tokenizer: str = flag("gpt2", "hub name, folder or tokenizer.json", unit="name")
+    out: str | None = flag(None, "disk for the shards; default: the temporary one", unit="folder")
+    cores: int | None = flag(None, "processes of the second row of prepare; default: all cores", at_least=1)
+    repeats: int = flag(3, "turns", at_least=1)
+    times: int = flag(10, "names per file for the larger input", at_least=2)
+    shard_tokens: int = flag(5_000_000, "in a shard", at_least=1, unit="tokens")
+    tiny: bool = flag(False, "2 MB made for the purpose, to see whether everything runs")
+
+
+def parse_args(argv) -> Config:
+    examples = ["python benchmarks/bench_prepare.py --data 'corpus/train/*.parquet'"]
+    args = parse(Config, argv, "Time prepare_fineweb.py beside tokenizing alone; the table goes to stdout.", examples)
     args.cores = cores() if args.cores is None else args.cores
-    if min(args.cores, args.repeats, args.shard_tokens, args.times - 1) < 1:
-        raise UserError("--cores, --repeats and --shard_tokens must be at least 1, --times at least 2")
     if not args.data and not args.tiny:
         raise UserError("--data: name the parquet files to read, for example --data 'corpus/*.parquet'")
     args.files = sorted(file for pattern in args.data or () for file in glob.glob(pattern))

@@ -30,7 +30,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from support.cli import Parser, UserError, run  # isort: split
+from support.cli import UserError, flag, parse, run  # isort: split
 
 import torch
 
@@ -303,39 +303,42 @@ def bench(batch_size, args, rt):
         print(f"\n{one.name}, profiled\n{profile(one.step, rt, rows, args.steps_per_round)}", flush=True)
 
 
-def list_of(kind):
-    def read(text):
-        return [kind(part) for part in text.split(",")]
+@dataclass
+class Config:
+    preset: str = flag("gpt2-124m", "whose model", unit="name", choices=("gpt2-124m", "demo"))
+    batch_size: str | None = flag(None, "per step, one or several; default: the preset's", unit="n,n")
+    block_size: int | None = flag(None, "per sequence; default: the preset's", at_least=1, unit="tokens")
+    layers: int | None = flag(None, "blocks, fewer for a slow CPU; default: the preset's", at_least=1)
+    dropout: float = flag(0.0, "0, so that all do the same work", at_least=0, below=1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
+    dtype: str = flag("auto", "of matrix products", unit="name", choices=("auto", *runtime.DTYPES))
+    threads: int | None = flag(None, "of a CPU; default: torch's choice", at_least=1)
+    rounds: int = flag(5, "turns of each contestant", at_least=1)
+    steps_per_round: int | None = flag(None, "in a turn; default: 10 on CUDA, else 1", at_least=1, unit="steps")
+    compile: bool = flag(False, "torch.compile every contestant; ours runs eagerly too")
+    nanogpt: str | None = flag(None, "a checkout of nanoGPT", unit="folder")
+    only: str = flag(",".join(CONTESTANTS), "contestants", unit="name,name")
+    profile: bool = flag(False, "also show where the time of our step goes")
+    tiny: bool = flag(False, "a model of two small layers, to see whether everything runs")
 
-    read.__name__ = f"list of {kind.__name__}"  # what argparse says was expected
-    return read
 
-
-def parse_args(argv):
-    parser = Parser(description="Time a training step beside others'; tables go to stdout.")
-    add = parser.add_argument
-    add("--preset", choices=["gpt2-124m", "demo"], default="gpt2-124m", help="whose model (default: gpt2-124m)")
-    add("--batch_size", type=list_of(int), metavar="N,N,...", help="sequences per step (default: the preset's)")
-    add("--block_size", type=int, metavar="N", help="tokens per sequence (default: the preset's)")
-    add("--layers", type=int, metavar="N", help="blocks, fewer for a slow CPU (default: the preset's)")
-    add("--dropout", type=float, default=0.0, metavar="P", help="default: 0, so that all do the same work")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    add("--dtype", choices=["auto", *runtime.DTYPES], default="auto", help="of matrix products (default: auto)")
-    add("--threads", type=int, metavar="N", help="of a CPU (default: torch's choice)")
-    add("--rounds", type=int, default=5, metavar="N", help="turns of each contestant (default: 5)")
-    add("--steps_per_round", type=int, metavar="N", help="default: 10 on CUDA, else 1")
-    add("--compile", action="store_true", help="torch.compile every contestant; ours runs eagerly too")
-    add("--nanogpt", metavar="DIR", help="a checkout of nanoGPT")
-    add("--only", type=list_of(str), default=CONTESTANTS, metavar="NAMES", help=f"of {', '.join(CONTESTANTS)}")
-    add("--profile", action="store_true", help="also show where the time of our step goes")
-    add("--tiny", action="store_true", help="a model of two small layers, to see whether everything runs")
-    args = parser.parse_args(argv)
+def parse_args(argv) -> Config:
+    examples = [
+        "python benchmarks/bench_train.py --batch_size 4",
+        "python benchmarks/bench_train.py --tiny --only ours",
+    ]
+    args = parse(Config, argv, "Time a training step beside others'; tables go to stdout.", examples)
     preset = train.PRESETS[args.preset]
-    args.batch_size, args.block_size = args.batch_size or [preset.batch_size], args.block_size or preset.block_size
+    args.only = args.only.split(",")
+    args.block_size = args.block_size or preset.block_size
+    try:
+        args.batch_size = [int(n) for n in (args.batch_size or str(preset.batch_size)).split(",")]
+    except ValueError:
+        raise UserError(f"--batch_size is {args.batch_size!r}; it must be a list of int: 4,8") from None
     if args.tiny:
         args.batch_size, args.block_size, args.rounds = [2], 64, min(args.rounds, 3)
-    if min(*args.batch_size, args.rounds, args.steps_per_round or 1, args.threads or 1) < 1:
-        raise UserError("--batch_size, --rounds, --steps_per_round and --threads must be at least 1")
+    if min(args.batch_size) < 1:
+        raise UserError("--batch_size must be at least 1")
     if not set(args.only) <= set(CONTESTANTS):
         raise UserError(f"--only is {','.join(args.only)}; its names are {', '.join(CONTESTANTS)}")
     if args.nanogpt and not Path(args.nanogpt, "model.py").is_file():

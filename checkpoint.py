@@ -1,11 +1,16 @@
 """Checkpoints: save, find, verify, load, rotate; and `Saver`, by which a run saves and continues.
 
-A checkpoint is a directory that appears by one rename after every byte in it has been
-flushed, so what exists is whole; each file's sha256 stands in its manifest, so what is no longer
-whole is found out and the one before it is used. Tensors are safetensors and the rest JSON: a
-checkpoint cannot run code. It holds no absolute path, device or world size.
+    python checkpoint.py verify checkpoints/demo       # checks every file of a run's checkpoints against its hash
+
+A checkpoint is a directory that appears by one rename after every byte in it has been flushed. So what is there is
+whole. The manifest holds the sha256 of each file. So damage is found, and the checkpoint before is used. Tensors are
+safetensors and the rest JSON: a checkpoint cannot run code. It holds no absolute path, device or world size.
+
+The checkpoints step_NNNNNNNN of a run are its line of steps. Where a run continues from one of them, those after it
+are void: they are set aside, under names that are no step of the line, before their steps are trained again.
 """
 
+import json
 import os
 import re
 import shutil
@@ -34,7 +39,9 @@ MANIFEST = "MANIFEST.json"
 MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", "config.json", "state.json"
 NEEDED = (MODEL, CONFIG, TOKENIZER)  # to sample and to evaluate
 DEFAULT_DIR = "checkpoints"
-LEFTOVER = ".unfinished_"  # prefix of directories that are being written or deleted
+LEFTOVER = ".unfinished_"  # prefix of directories that are being written
+DOOMED = f"{LEFTOVER}removal_"  # and of those that are being deleted
+ASIDE = "aside_"  # prefix of checkpoints that are no longer in the line of steps
 
 # ---------------------------------------------------------------------------------------
 # Saving.
@@ -64,23 +71,27 @@ def optimizer_tensors(model, optimizer) -> dict:
 
 def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
     """Writes run_dir/step_NNNNNNNN from a `snapshot`; returns it. UserError, with nothing left behind, where
-    the disk is full."""
+    the disk is full. A checkpoint of that step that is there already is replaced once the new one is whole."""
     run_dir = Path(run_dir)
-    final, temporary = run_dir / name_of(step), run_dir / f"{LEFTOVER}{name_of(step)}"
+    final, temporary, before = run_dir / name_of(step), run_dir / f"{LEFTOVER}{name_of(step)}", None
     try:
-        remove(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_json(temporary / CONFIG, asdict(config))
         write_json(temporary / STATE, state)
         tokenizer.save(temporary)
+        flush(temporary / TOKENIZER)
         for name, content in tensors.items():
             write_tensors(temporary / name, content)
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}
         write_json(temporary / MANIFEST, {"format_version": 1, "step": step, "files": files})
-        remove(final)  # only a damaged one can be there: a valid one of this step would have been resumed
+        if final.exists():
+            before = set_aside(final)
         os.rename(temporary, final)
         sync_directory(run_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own word for a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library raises a different error
+        if before is not None and not final.exists():
+            os.rename(before, final)
         shutil.rmtree(temporary, ignore_errors=True)
         need = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
         free = shutil.disk_usage(run_dir if run_dir.exists() else run_dir.parent).free
@@ -88,12 +99,14 @@ def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
             f"checkpoint {final} was not written ({error}); it needs about {need:,} bytes and {free:,} are free; "
             "earlier checkpoints are intact"
         ) from error
+    if before is not None:
+        remove(before)
     point(run_dir, "latest", step)
     return final
 
 
 def point(run_dir, name, step, **facts):
-    """<name>.json tells people and scripts which checkpoint is the latest or the best; nothing here relies on it."""
+    """<name>.json says which checkpoint is the latest or the best, to people and to `find_checkpoint`."""
     write_json(Path(run_dir) / f"{name}.json", {"step": step, "checkpoint": name_of(step), **facts})
 
 
@@ -101,25 +114,41 @@ def write_tensors(path, tensors, metadata=None):
     """A safetensors file, flushed to the disk, beside a CONFIG whose permissions it takes."""
     save_file(tensors, path, metadata)
     shutil.copymode(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
+    flush(path)
+
+
+def flush(path):
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
 
 def remove(directory):
-    """Deletes a directory so that, killed half way, what is left is no checkpoint."""
-    directory = Path(directory)
-    if directory.exists():
-        doomed = directory.with_name(f"{LEFTOVER}{directory.name.removeprefix(LEFTOVER)}")
-        if doomed != directory:
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(directory, doomed)
-        shutil.rmtree(doomed)
+    """Deletes a checkpoint so that, killed half way, what is left is no checkpoint."""
+    doomed = directory.with_name(f"{DOOMED}{directory.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(directory, doomed)
+    shutil.rmtree(doomed)
+
+
+def set_aside(path) -> Path:
+    """Takes a checkpoint out of its run's line of steps and keeps it: renames it to one of the names that no
+    other has, aside_step_NNNNNNNN, aside_step_NNNNNNNN_2, ... Returns the new path."""
+    aside, n = path.with_name(f"{ASIDE}{path.name}"), 2
+    while aside.exists():
+        aside, n = path.with_name(f"{ASIDE}{path.name}_{n}"), n + 1
+    os.rename(path, aside)
+    return aside
 
 
 def rotate(run_dir, keep_last, best_step=None):
-    """Keeps the newest `keep_last` checkpoints, and the one of `best_step`."""
-    for path in steps(run_dir)[keep_last:]:
+    """Keeps the newest `keep_last` checkpoints, and the one of `best_step`. One that was set aside goes when
+    `keep_last` of the line have its step or a later one: when it would have gone from the line, too."""
+    line = steps(run_dir)
+    for path in line[keep_last:]:
         if step_of(path) != best_step:
+            remove(path)
+    for path, step in those_aside(run_dir):
+        if sum(step_of(other) >= step for other in line) >= keep_last:
             remove(path)
 
 
@@ -129,6 +158,8 @@ def clean(run_dir):
         shutil.rmtree(path)
     for path in Path(run_dir).glob(f".*{UNFINISHED}"):
         path.unlink()
+    if not steps(run_dir):
+        (Path(run_dir) / "latest.json").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------
@@ -147,6 +178,12 @@ def steps(run_dir) -> list[Path]:
     """The checkpoints of a run, newest first, whether or not they verify."""
     found = [p for p in Path(run_dir).glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d+", p.name)]
     return sorted(found, key=step_of, reverse=True)
+
+
+def those_aside(run_dir) -> list[tuple[Path, int]]:
+    """The checkpoints that were set aside in a run, each with its step."""
+    found = ((p, re.fullmatch(rf"{ASIDE}step_(\d+)(_\d+)?", p.name)) for p in Path(run_dir).glob(f"{ASIDE}step_*"))
+    return [(path, int(match[1])) for path, match in found if match and path.is_dir()]
 
 
 def verify(path, names=None):
@@ -184,23 +221,49 @@ def newest(run_dir, names=None) -> Path | None:
     return None
 
 
-def find_checkpoint(path=None) -> Path:
-    """The checkpoint that `path` means: itself, a run's newest, or, for None, the newest under checkpoints/.
+def find_checkpoint(path=None, runs=DEFAULT_DIR) -> Path:
+    """The checkpoint that `path` means: itself, RUN/best, a run's newest (RUN or RUN/latest), or, for None, the
+    newest under the directory of all `runs`, where RUN may be the run's name alone.
     Only what sampling and evaluating need of it is read and verified, not the optimizer's state."""
     if path is None:
-        runs = [p for p in Path(DEFAULT_DIR).glob("*") if steps(p)]
-        if not runs:
-            raise UserError(
-                f"no checkpoint under {DEFAULT_DIR}/; train one (python train.py) or name it: --checkpoint DIR"
-            )
-        path = max(runs, key=lambda run: steps(run)[0].stat().st_mtime)
-    path = Path(path)
+        found = [p for p in Path(runs).glob("*") if steps(p)]
+        if not found:
+            raise UserError(f"no checkpoint under {runs}/; train one (python train.py) or name it: --checkpoint DIR")
+        path = max(found, key=lambda run: steps(run)[0].stat().st_mtime)
+    path = under_runs(path, runs)
+    if path.name == "latest" and not path.exists():
+        path = path.parent
+    if path.name == "best" and not path.exists() and path.parent.is_dir():
+        path = best_of(path.parent)
     if (path / MANIFEST).is_file():
         verify(path, NEEDED)
         return path
     if path.is_dir() and (found := newest(path, NEEDED)):
         return found
-    raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or one of its step_* checkpoints")
+    raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's name or directory, or one of its step_* "
+                    "checkpoints, best or latest")  # fmt: skip
+
+
+def under_runs(path, runs) -> Path:
+    """`path`, or the same under the directory of all runs where only that is a run or in one."""
+
+    def is_run(p):
+        return p.is_dir() and bool(steps(p))
+
+    def is_ours(p):
+        in_run = re.fullmatch(r"best|latest|step_\d+", p.name) and is_run(p.parent)
+        return is_run(p) or (p / MANIFEST).is_file() or bool(in_run)
+
+    here, there = Path(path), Path(runs, path)
+    return there if is_ours(there) and not is_ours(here) else here
+
+
+def best_of(run_dir) -> Path:
+    """The checkpoint that best.json names."""
+    name = read_json(run_dir / "best.json").get("checkpoint")
+    if type(name) is not str or not re.fullmatch(r"step_\d+", name) or not (run_dir / name).is_dir():
+        raise UserError(f"{run_dir / 'best.json'}: names no checkpoint that is there; name one of {run_dir}/step_*")
+    return run_dir / name
 
 
 def what_it_looks_like(path) -> str:
@@ -247,10 +310,11 @@ def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
 
 
 def read_config(path) -> GPTConfig:
-    values = read_json(path)
+    """The model's configuration. A field that is not there, because it is newer than the file, has its default."""
+    values = asdict(GPTConfig()) | read_json(path)
     known = {f.name: f.type for f in fields(GPTConfig)}
     if values.keys() != known.keys():
-        raise UserError(f"{path}: keys {sorted(values.keys() ^ known.keys())} are missing or unknown")
+        raise UserError(f"{path}: unknown keys {sorted(values.keys() - known.keys())}")
     for name, kind in known.items():
         whole = kind is float and type(values[name]) is int and abs(values[name]) < 2**53  # 10 for 10.0
         if type(values[name]) is not kind and not whole:
@@ -334,7 +398,8 @@ class Saver:
 
     def __init__(self, c, rt, identity, tokenizer):
         self.c, self.rt, self.identity, self.tokenizer = c, rt, identity, tokenizer
-        self.saved_step = -1  # of the newest checkpoint known to be good
+        self.saved_step = -1  # of the newest checkpoint of the run's own known to be good
+        self.from_other = False  # whether the run began at a checkpoint of another run
         self.changed = []  # flags that are not what the checkpoint's session had, as text
         self.writing = None  # on rank 0, the save in flight
 
@@ -350,13 +415,13 @@ class Saver:
 
     def resume(self, net) -> Position:
         """Loads the newest good checkpoint of the run, or the one that --resume names, and returns its position;
-        without one the network stays as it is, at step 0."""
+        without one the network stays as it is, at step 0. Later checkpoints of the run are set aside."""
         c = self.c
         found = self.rt.from_main(lambda: find_start(c))
         if found is None:
             return Position()
         state = read_state(found / STATE)
-        was, now = state["identity"], self.identity
+        was, now = asdict(GPTConfig()) | state["identity"], self.identity  # a newer field had its default
         other = [f"{k} (was {was.get(k)}, now {v})" for k, v in now.items() if was.get(k) != v]
         if other:
             raise UserError(f"{found} cannot be continued with another {', '.join(other)}; give a new --run_name")
@@ -365,9 +430,10 @@ class Saver:
             net.scaler.load_state_dict(state["scaler"])
         before = state.get("config") or {}
         self.changed = [f"{k} {before[k]} -> {v}" for k, v in asdict(c).items() if k in before and before[k] != v]
-        if found.parent.resolve() == c.run_dir.resolve():
+        self.from_other = found.parent.resolve() != c.run_dir.resolve()
+        if not self.from_other:
             self.saved_step = state["step"]
-            self.rt.from_main(lambda: point(c.run_dir, "latest", state["step"]))
+            self.rt.from_main(lambda: cut_line(c.run_dir, state["step"]))
         return Position(state["step"], state["samples_seen"], state["seconds"])
 
     def due(self, at) -> bool:
@@ -411,9 +477,18 @@ class Saver:
         self.keep_best(log)
 
     def keep_best(self, log):
-        """Names the best checkpoint in best.json."""
-        if self.rt.is_main and (best := best_step(self.c.run_dir, log.metrics.vals)) is not None:
+        """Names the best checkpoint of the line in best.json."""
+        if not self.rt.is_main:
+            return
+        best = best_step(self.c.run_dir, log.metrics.vals)
+        if best is not None:
             point(self.c.run_dir, "best", best, loss=log.metrics.vals[best])
+        else:
+            (self.c.run_dir / "best.json").unlink(missing_ok=True)
+
+    def check_space(self, net):
+        """UserError where the disk has no room for one checkpoint: before the first step, not at the first save."""
+        self.rt.from_main(lambda: refuse_full_disk(self.c.run_dir, size_of(net.model, net.optimizer)))
 
 
 def best_step(run_dir, losses) -> int | None:
@@ -422,18 +497,64 @@ def best_step(run_dir, losses) -> int | None:
     return min((step for step in there if step in losses), key=lambda step: (losses[step], step), default=None)
 
 
+def size_of(model, optimizer) -> int:
+    """Bytes of a checkpoint's tensors, all of them float32, after the first step."""
+    kept = [(group, len([k for k in kept_keys(optimizer, group) if k != "step"])) for group in optimizer.param_groups]
+    states = sum(n * p.numel() for group, n in kept for p in group["params"])
+    return 4 * (states + sum(t.numel() for t in model.state_dict().values()))
+
+
+def refuse_full_disk(run_dir, need):
+    disk = shutil.disk_usage(run_dir)
+    if disk.free < need and disk.total > 0:  # some network file systems say 0 of 0
+        raise UserError(f"{run_dir}: a checkpoint needs about {need:,} bytes and {disk.free:,} are free; make room or "
+                        "name another --checkpoint_dir")  # fmt: skip
+
+
 def find_start(c) -> Path | None:
-    """The checkpoint from which the run that `c` describes starts; None: from new weights."""
+    """The checkpoint from which the run that `c` describes starts; None: from new weights.
+
+    The run's own checkpoints come before the place where it began, because schedulers repeat commands. Only a
+    command that names an older checkpoint of the run itself goes back to it, and only the first time."""
     clean(c.run_dir)
-    if c.resume == "auto":
-        return newest(c.run_dir)
-    if c.resume != "never":
-        found = find_checkpoint(c.resume)
-        verify(found)
-        return found
-    if steps(c.run_dir):
-        raise UserError(f"{c.run_dir} already holds a run, and --resume is never; give a new --run_name")
-    return None
+    if c.resume == "never":
+        if steps(c.run_dir):
+            raise UserError(f"{c.run_dir} already holds a run, and --resume is never; give a new --run_name")
+        return None
+    own = newest(c.run_dir)
+    if c.resume == "auto" or (own is not None and not goes_back(c, own)):
+        return own
+    found = find_checkpoint(c.resume, c.checkpoint_dir)
+    verify(found)
+    return found
+
+
+def goes_back(c, own) -> bool:
+    """Whether --resume names a checkpoint of the run itself, other than its newest, `own`, that this very command
+    has not gone back to yet: then the newest would have been saved by it, with these flags."""
+    named, run_dir = under_runs(c.resume, c.checkpoint_dir).resolve(), c.run_dir.resolve()
+    if named in (own.resolve(), run_dir, run_dir / "latest"):
+        return False
+    why = None
+    if named.parent != run_dir:
+        why = "has checkpoints of its own"
+    elif read_json(own / STATE).get("config") == json.loads(json.dumps(asdict(c))):
+        why = "went back there by this same command"
+    if why:
+        print(f"checkpoint {c.resume} is not resumed: {c.run_dir} {why} and goes on from {own.name}", file=sys.stderr)
+    return why is None
+
+
+def cut_line(run_dir, step):
+    """Makes `step` the last of a run's line: what is after it is set aside, the newest first. A kill between two
+    leaves a line that is shorter, and whole."""
+    void = [path for path in steps(run_dir) if step_of(path) > step]
+    moved = [f"{path.name} (now {set_aside(path).name})" for path in void]
+    if moved:
+        sync_directory(run_dir)
+        print(f"checkpoint set aside: {', '.join(moved)} in {run_dir}, because training goes on from step {step}; kept "
+              "until the new checkpoints have passed it", file=sys.stderr)  # fmt: skip
+    point(run_dir, "latest", step)
 
 
 def read_state(path) -> dict:

@@ -490,11 +490,12 @@ def train(config: TrainConfig) -> dict:
         rt.refuse_disagreement(about["identity"])
         with Log(c, rt, about) as log, Saver(c, rt, about["identity"], data.tokenizer) as saver, rt.signals:
             at = saver.resume(net)
-            log.open(at)
+            log.open(at, anew=saver.from_other)
             saver.keep_best(log)  # a crash may have come between a validation and this
             if log.finished(at):  # then nothing is written, and no data is read ahead
                 log.say(f"{c.run_dir}: already at step {at.step} of {c.max_steps}")
                 return log.summary(at)
+            saver.check_space(net)
             log.begin(at, saver.changed)
             order = (c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
             loader = FineWebDataLoader(data.train, *order)

@@ -34,9 +34,10 @@ class Log:
         self.c, self.rt, self.facts = c, rt, facts
         self.metrics = self.progress = self.tracker = None
 
-    def open(self, at):
-        """Cuts metrics.jsonl at the position `at`, where the run goes on."""
-        self.metrics = Metrics(self.c.run_dir / "metrics.jsonl", at.step, writes=self.rt.is_main)
+    def open(self, at, anew=False):
+        """Cuts metrics.jsonl at the position `at`, where the run goes on; `anew`: no row there is of its steps."""
+        last = -1 if anew else at.step
+        self.metrics = Metrics(self.c.run_dir / "metrics.jsonl", last, writes=self.rt.is_main)
         self.progress = Progress(at.step, self.c.max_steps, self.rt.is_main)
         self.seconds = at.seconds
 
@@ -285,13 +286,18 @@ def begin_wandb(project, name, run_dir, config):
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
     if mode == "offline":
         print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
-    id_file = run_dir / "wandb_id.txt"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+    run_id = kept_id(run_dir / "wandb_id.txt")
     place = dict(project=project, name=name, dir=str(run_dir), mode=mode, settings=wandb.Settings(init_timeout=30))
     run = wandb.init(config=config, id=run_id, resume="allow", **place)
-    id_file.write_text(run_id + "\n")
     run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
     return lambda step, values: run.log({"step": step} | values), wandb.Table, run.finish
+
+
+def kept_id(path) -> str:
+    """The run's id at a tracker, made at its first start: a run of the same name in a new directory has another."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
 
 
 def has_key(wandb) -> bool:
@@ -302,9 +308,11 @@ def has_key(wandb) -> bool:
 
 
 def begin_trackio(project, name, run_dir, config):
-    """The same of a run in trackio, which keeps it in a database of the user's (TRACKIO_DIR)."""
+    """The same of a run in trackio, which keeps it in a database of the user's (TRACKIO_DIR). It knows runs by name,
+    so the name has the run's id in it."""
     import trackio
 
+    name = f"{name} {kept_id(run_dir / 'trackio_id.txt')}"
     run = trackio.init(
         project, name, config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
     )

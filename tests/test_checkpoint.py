@@ -124,6 +124,45 @@ def test_newest_run_is_found_without_a_name(run_dir, tmp_path, monkeypatch, byte
     assert checkpoint.find_checkpoint() == Path("checkpoints/newer/step_00000008")
 
 
+def test_a_checkpoint_by_its_runs_name_and_by_best_and_latest(run_dir, tmp_path, monkeypatch):
+    """Where a checkpoint is asked for, people type what they know: the run's name, best, latest."""
+    shutil.move(run_dir, tmp_path / "checkpoints" / "mine")
+    monkeypatch.chdir(tmp_path)
+    run = Path("checkpoints/mine")
+    checkpoint.point(run, "best", 2, loss=1.0)
+    expected = {"mine": 3, "mine/latest": 3, "mine/best": 2, "mine/step_00000001": 1}
+    for name, step in expected.items():
+        for path in (name, f"checkpoints/{name}", Path("checkpoints", name).absolute()):
+            assert checkpoint.find_checkpoint(path).name == f"step_{step:08d}", path
+    (tmp_path / "mine").mkdir()  # a folder of that name that is no run, such as its data
+    assert checkpoint.find_checkpoint("mine/best").name == "step_00000002"
+    assert checkpoint.load_model("mine")[0].config.n_layer == 1
+    for hint in (
+        '{"checkpoint": "../mine/step_00000001"}',
+        '{"checkpoint": 3}',
+        '{"checkpoint": "step_00000009"}',
+        "{}",
+    ):
+        (run / "best.json").write_text(hint)
+        with pytest.raises(UserError, match=r"best\.json: names no checkpoint that is there"):
+            checkpoint.find_checkpoint("mine/best")
+    (run / "best.json").unlink()
+    with pytest.raises(UserError, match=r"best\.json: cannot be read"):
+        checkpoint.find_checkpoint("mine/best")
+    with pytest.raises(UserError, match="yours: does not exist; expected a run's name or directory"):
+        checkpoint.find_checkpoint("yours")
+
+
+def test_a_config_that_is_older_than_a_field_of_it_is_read(run_dir):
+    """A new field of GPTConfig must not make old checkpoints unreadable: what is missing has its default."""
+    path = run_dir / "step_00000003"
+    config = read_json(path / checkpoint.CONFIG)
+    del config["rope_theta"]
+    (path / checkpoint.CONFIG).write_text(json.dumps(config))
+    reseal(path)
+    assert checkpoint.load_model(path)[0].config.rope_theta == GPTConfig().rope_theta
+
+
 def test_rotation_keeps_the_newest_and_the_best(run_dir):
     checkpoint.rotate(run_dir, keep_last=1, best_step=1)
     assert [p.name for p in checkpoint.steps(run_dir)] == ["step_00000003", "step_00000001"]

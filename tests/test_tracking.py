@@ -65,6 +65,30 @@ def test_wandb_without_a_key_logs_offline_and_resumes_by_id(toy, capsys, monkeyp
         )
 
 
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_run_made_anew_under_its_old_name_is_another_run(toy, monkeypatch, library):
+    """Bug: the folder removed and the name used again, trackio showed both as one run with two curves."""
+    begun = []
+
+    class Library:
+        Table = object
+
+        def __getattr__(self, name):
+            return lambda *args, **options: self
+
+        def init(self, *args, **options):
+            begun.append((args, {k: v for k, v in options.items() if k not in ("config", "settings", "dir")}))
+            return self
+
+    monkeypatch.setitem(sys.modules, library, Library())
+    for steps in (2, 4):
+        train(replace(toy, tracker=library, max_steps=steps))
+    shutil.rmtree(toy.run_dir)
+    train(replace(toy, tracker=library, max_steps=2))
+    assert len(begun) == 3 and begun[0] == begun[1] and begun[1] != begun[2]
+    assert "toy" in str(begun[0]), "still under its name"
+
+
 def eventually(holds, seconds=30):
     end = time.monotonic() + seconds
     while not holds() and time.monotonic() < end:

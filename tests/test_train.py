@@ -181,6 +181,8 @@ def test_last_lines_sum_up_all_sessions(toy, capsys):
     said = capsys.readouterr().out
     rows = list(read_rows(toy.run_dir / "metrics.jsonl"))
     seconds = max(row["seconds"] for row in rows)
+    sessions = [[r["seconds"] for r in rows if r["kind"] == "train" and r["step"] in steps] for steps in ((10,), (11,))]
+    assert 0 < sessions[0][0] < sessions[1][0], "the second session goes on from the first one's seconds"
     [tokens] = re.findall(r"^finished   step 40: ([\d,]+) tokens, 1.96 epochs,", said, re.M)
     [rate] = re.findall(r"^speed      ([\d,]+) tokens/s$", said, re.M)
     assert tokens == f"{40 * toy.total_batch_tokens:,}"
@@ -259,6 +261,22 @@ def test_changed_identity_is_refused_with_both_values(toy):
     with pytest.raises(UserError, match="resume is never"):
         train(replace(toy, resume="never"))
     assert len(trace(toy)) == 5
+
+
+def test_a_run_goes_on_when_the_model_gains_a_field(toy, monkeypatch):
+    """Bug: the run's identity lacks a field that is newer than it, and that counted as another model."""
+    train(replace(toy, max_steps=5))
+    path = checkpoint.newest(toy.run_dir)
+    for name in (checkpoint.CONFIG, checkpoint.STATE):
+        values = read_json(path / name)
+        del values.get("identity", values)["rope_theta"]
+        (path / name).write_text(json.dumps(values))
+    manifest = read_json(path / checkpoint.MANIFEST)
+    for name, facts in manifest["files"].items():
+        facts |= {"size": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name)}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert train(replace(toy, max_steps=6))["step"] == 6
+    assert [row[0] for row in trace(toy)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_global_batch_changed_on_purpose_loses_no_window(toy, capsys):

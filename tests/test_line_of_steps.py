@@ -1,0 +1,308 @@
+"""The line of steps of a run: whatever it goes back to, starts from or finds damaged, no good checkpoint is lost and
+the newest is the one last trained."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train as train_module
+from support.cli import UserError
+from support.files import read_json
+from support.tracking import read_rows
+from toy import trace, vals
+from train import train
+
+
+def names(run_dir, pattern="step_*"):
+    return sorted(p.name for p in Path(run_dir).glob(pattern))
+
+
+def flip(path):
+    """Changes one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def short(toy):
+    """Steps 4, 8, 12 and so on are saved and validated; nothing else is done."""
+    return replace(toy, max_steps=8, save_interval=4, eval_interval=4, sample_interval=0, val_tokens=64, keep_last=3)
+
+
+# --- a checkpoint of that step is there already
+
+
+def test_a_damaged_step_is_trained_and_saved_again(short, capsys):
+    """Bug: at the step of the damaged checkpoint the save deleted the new one and the old one, and the run ended."""
+    short = replace(short, lr=1e-3, min_lr=1e-3, warmup_frac=0.0)  # the same rate however many steps there are
+    train(short)
+    whole = replace(short, run_name="whole", max_steps=12)
+    train(whole)
+    flip(short.run_dir / "step_00000008" / checkpoint.MODEL)
+    capsys.readouterr()
+    assert train(replace(short, max_steps=12))["step"] == 12
+    said = capsys.readouterr().err
+    assert "set aside: step_00000008 (now aside_step_00000008)" in said and "goes on from step 4" in said
+    assert names(short.run_dir) == ["step_00000004", "step_00000008", "step_00000012"]
+    for path in checkpoint.steps(short.run_dir):
+        checkpoint.verify(path)
+    assert trace(replace(short, max_steps=12)) == trace(whole)
+
+
+def test_saving_a_step_twice_keeps_one_good_copy(tmp_path, byte_tokenizer):
+    """Bug: the directory that was being written and the one that was being removed had one name."""
+    from test_checkpoint import build, one_step, save
+
+    model, optimizer = build()
+    for _ in range(2):
+        one_step(model, optimizer)
+        path = save(tmp_path, 7, model, optimizer, {"step": 7}, byte_tokenizer)
+    checkpoint.verify(path)
+    loaded, _ = checkpoint.load_model(tmp_path)
+    assert torch.equal(loaded.wte.weight, model.wte.weight), "the later one"
+    assert names(tmp_path, "*step_*") == ["step_00000007"]
+
+
+def test_a_save_that_fails_at_its_last_rename_keeps_the_copy_that_was_there(tmp_path, monkeypatch, byte_tokenizer):
+    """Bug: what is moved away for the new copy is gone if that copy never comes."""
+    from test_checkpoint import build, save
+
+    model, optimizer = build()
+    path = save(tmp_path, 7, model, optimizer, {"step": 7}, byte_tokenizer)
+    rename = os.rename
+
+    def full(source, target):
+        if Path(target) == path and Path(source).name.startswith(checkpoint.LEFTOVER):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path, 7, model, optimizer, {"step": 7}, byte_tokenizer)
+    checkpoint.verify(path)
+    assert names(tmp_path, "*step_*") == ["step_00000007"]
+
+
+def test_going_back_sets_the_later_steps_aside(short, capsys):
+    """Bug: the void steps stayed, the new ones were rotated away, and the next start went on at the void ones."""
+    long = replace(short, max_steps=20, keep_last=5)
+    train(long)
+    void = checkpoint.sha256(short.run_dir / "step_00000020" / checkpoint.MODEL)
+    back = replace(long, resume=str(short.run_dir / "step_00000012"), lr=1e-3, keep_last=2, max_steps=16)
+    capsys.readouterr()
+    train(back)
+    said = [line for line in capsys.readouterr().err.splitlines() if "set aside" in line]
+    assert len(said) == 1 and all(f"step_000000{n} (now aside_step_000000{n})" in said[0] for n in (16, 20))
+    assert names(short.run_dir)[-1] == "step_00000016" and "step_00000012" in names(short.run_dir)
+    assert checkpoint.sha256(short.run_dir / "aside_step_00000020" / checkpoint.MODEL) == void
+    assert read_json(short.run_dir / "latest.json")["checkpoint"] == "step_00000016"
+    assert (short.run_dir / read_json(short.run_dir / "best.json")["checkpoint"]).is_dir()
+    assert [row["step"] for row in read_rows(short.run_dir / "metrics.jsonl") if row["kind"] == "train"][-1] == 16
+    on = replace(back, resume="auto", max_steps=24)
+    train(on)  # a plain start goes on along the new line
+    assert "continued at step 16" in capsys.readouterr().out
+    assert not names(short.run_dir, "aside_*"), "the new line has passed them with keep_last checkpoints"
+
+
+def test_hints_name_no_step_that_was_set_aside(short):
+    """best.json is what RUN/best opens: it must not name a checkpoint of the void steps."""
+    train(replace(short, eval_interval=8))  # step 4 is saved and not validated, so step 8 is the best
+    assert read_json(short.run_dir / "best.json")["step"] == 8
+    back = replace(short, eval_interval=0, max_steps=5, resume=str(short.run_dir / "step_00000004"))
+    train(back)
+    assert not (short.run_dir / "best.json").exists()
+    assert read_json(short.run_dir / "latest.json")["step"] == 5
+
+
+def test_the_same_command_again_continues_what_it_began(short, capsys):
+    """A scheduler repeats commands: going back each time anew, a run would never get on."""
+    train(replace(short, max_steps=16))
+    back = replace(short, resume=str(short.run_dir / "step_00000008"), lr=1e-3, max_steps=16)
+    real, steps = train_module.train_step, []
+
+    def dying_step(c, rt, net, batch, at):
+        steps.append(at.step)
+        if at.step == 14 and steps.count(14) == 1:
+            raise KeyboardInterrupt
+        return real(c, rt, net, batch, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "train_step", dying_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(back)
+        shutil.rmtree(short.run_dir / "step_00000008")  # as rotation may have done
+        train(back)
+    assert steps == [*range(8, 15), *range(12, 16)]
+    assert "this same command and goes on from step_00000012" in capsys.readouterr().err
+    train(replace(back, lr=2e-3, resume=str(short.run_dir / "step_00000012")))  # but another one goes back again
+    assert names(short.run_dir, "aside_*") == [f"aside_step_000000{n}" for n in ("12", "16", "16_2")]
+
+
+def test_a_run_that_began_elsewhere_continues_its_own(short, capsys):
+    """Bug: --resume OLD given again began at OLD again, and met its own checkpoints."""
+    train(short)
+    new = replace(short, run_name="new", resume=str(short.run_dir / "step_00000004"), max_steps=12)
+    real, steps = train_module.train_step, []
+
+    def dying_step(c, rt, net, batch, at):
+        steps.append(at.step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return real(c, rt, net, batch, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "train_step", dying_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(new)
+        shutil.rmtree(short.run_dir)  # it is not needed again
+        train(new)
+    assert steps == [*range(4, 10), *range(8, 12)]
+    assert "has checkpoints of its own and goes on from step_00000008" in capsys.readouterr().err
+    assert names(new.run_dir) == ["step_00000004", "step_00000008", "step_00000012"]
+
+
+def test_a_start_from_another_run_keeps_no_row_of_an_earlier_attempt(short):
+    """Rows of steps that this run has no checkpoint of are of another line: their loss would choose the best."""
+    train(short)
+    new = replace(short, run_name="new", resume=str(short.run_dir / "step_00000004"))
+    new.run_dir.mkdir()
+    rows = [{"kind": kind, "step": 4, "tokens": 1, "seconds": 0.0, "loss": 0.01} for kind in ("train", "val")]
+    (new.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(new)
+    assert vals(new)[4] == vals(short)[4]
+    assert [row["step"] for row in read_rows(new.run_dir / "metrics.jsonl") if row["kind"] == "train"] == [5, 6, 7, 8]
+
+
+def test_a_checkpoint_that_cannot_be_continued_sets_nothing_aside(short):
+    """A refused start must leave the run as it was."""
+    train(short)
+    older = str(short.run_dir / "step_00000004")
+    with pytest.raises(UserError, match="seed"):
+        train(replace(short, resume=older, seed=7))
+    flip(Path(older) / checkpoint.MODEL)
+    with pytest.raises(UserError, match="sha256 differs"):
+        train(replace(short, resume=older))
+    assert names(short.run_dir, "*step_*") == ["step_00000004", "step_00000008"]
+
+
+def test_names_of_what_is_set_aside_are_no_steps(tmp_path, capsys):
+    """A name that looks like a step would be resumed, counted by rotation, or verified as one."""
+    for _ in range(3):
+        (tmp_path / "step_00000009").mkdir()
+        (tmp_path / "step_00000009" / "x").touch()
+        checkpoint.cut_line(tmp_path, 4)
+    assert not checkpoint.steps(tmp_path)
+    assert sorted(checkpoint.those_aside(tmp_path)) == [
+        (tmp_path / f"aside_step_00000009{suffix}", 9) for suffix in ("", "_2", "_3")
+    ]
+
+
+# --- the best, the newest, and the order of events
+
+
+def test_best_is_the_lowest_loss_not_the_latest_and_rotation_keeps_it(short, monkeypatch):
+    """Bugs: best.json follows the newest validation; the best checkpoint is rotated away."""
+    losses = iter([9.0, 3.0, 2.0, 4.0, 5.0, 6.0])
+
+    def validate(*args):
+        loss = next(losses)
+        return {"loss": loss, "perplexity": 1.0, "bits_per_byte": None, "targets": 1}
+
+    monkeypatch.setattr(train_module, "validate", validate)
+    train(replace(short, max_steps=20, keep_last=1))
+    best = read_json(short.run_dir / "best.json")
+    assert (best["step"], best["checkpoint"], best["loss"]) == (8, "step_00000008", 2.0)
+    assert names(short.run_dir) == ["step_00000008", "step_00000020"]
+    assert checkpoint.find_checkpoint(short.run_dir / "best").name == "step_00000008"
+
+
+def test_newest_is_by_step_not_by_time(short):
+    """A copied or restored run has times in any order."""
+    train(replace(short, max_steps=12))
+    for i, path in enumerate(checkpoint.steps(short.run_dir)):
+        os.utime(path, (1e9 + i, 1e9 + i))  # the newest step has the oldest time
+    assert checkpoint.newest(short.run_dir).name == "step_00000012"
+    checkpoint.rotate(short.run_dir, 1)
+    assert names(short.run_dir) == ["step_00000012"]
+
+
+def test_a_checkpoint_is_flushed_before_its_name_appears(short, monkeypatch):
+    """Bug: a name that appears before its bytes are on the disk; after a power cut the newest checkpoint is empty."""
+    events, fsync, rename, replaced = [], os.fsync, os.rename, os.replace
+
+    def target_of(fd):
+        return Path(os.readlink(f"/proc/self/fd/{fd}"))
+
+    def record_fsync(fd):
+        fsync(fd)
+        events.append(("flushed", target_of(fd)))
+
+    def record_rename(source, target):
+        rename(source, target)
+        events.append(("renamed", Path(target)))
+
+    def record_replace(source, target):
+        replaced(source, target)
+        events.append(("renamed", Path(target)))
+        events.append(("flushed", Path(target)))  # by write_whole, before: test_manifest_is_written_last
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("only Linux tells a descriptor's file")
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(os, "replace", record_replace)
+    train(replace(short, max_steps=4))
+    run_dir = short.run_dir.resolve()
+    hidden, final = run_dir / f"{checkpoint.LEFTOVER}step_00000004", run_dir / "step_00000004"
+    events = [(what, path.resolve()) for what, path in events]
+    appears = events.index(("renamed", final))
+    written = [("flushed", hidden / p.name) for p in final.iterdir()]
+    assert len(written) >= 6 and not [e for e in written if e not in events[:appears]], "a file is not flushed"
+    manifest = events.index(("renamed", hidden / checkpoint.MANIFEST))
+    others = [e for e in written if e[1].name != checkpoint.MANIFEST]
+    assert all(events.index(e) < manifest for e in others), "the manifest is not the last"
+    assert ("flushed", hidden) in events[manifest:appears], "the names in the directory are not flushed"
+    assert ("flushed", run_dir / "metrics.jsonl") in events[: events.index(written[0])], "the rows come first"
+    assert ("flushed", run_dir) in events[appears:], "the checkpoint's own name is not flushed"
+
+
+def test_a_snapshot_shares_no_memory_with_the_weights():
+    """Bug: on a CPU the checkpoint that is written behind the next steps holds the weights of those."""
+    from test_checkpoint import build, one_step
+
+    model, optimizer = build()
+    one_step(model, optimizer)
+    taken = checkpoint.snapshot(model, optimizer)
+    before = {name: {k: t.clone() for k, t in content.items()} for name, content in taken.items()}
+    with torch.no_grad():
+        for t in [*model.state_dict().values(), *checkpoint.optimizer_tensors(model, optimizer).values()]:
+            t.add_(1)
+    for name, content in taken.items():
+        assert content and all(torch.equal(t, before[name][k]) for k, t in content.items())
+
+
+# --- room for a checkpoint
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(short, monkeypatch):
+    """Bug: hours of training, and the first save says that there never was room."""
+    train(replace(short, run_name="before", max_steps=4))
+    tensors = [checkpoint.MODEL, checkpoint.OPTIMIZER]
+    size = sum((short.run_dir.with_name("before") / "step_00000004" / name).stat().st_size for name in tensors)
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    with pytest.raises(UserError, match=r"needs about ([\d,]+) bytes and 1,000 are free") as refused:
+        train(short)
+    need = int(re.search(r"about ([\d,]+) bytes", str(refused.value))[1].replace(",", ""))
+    assert need == pytest.approx(size, rel=0.1)
+    assert not trace(short) and not names(short.run_dir)
+    with pytest.raises(UserError, match="are free"):
+        train(replace(short, optimizer="muon"))

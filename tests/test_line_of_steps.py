@@ -251,8 +251,7 @@ def test_a_checkpoint_is_flushed_before_its_name_appears(short, monkeypatch):
 
     def record_replace(source, target):
         replaced(source, target)
-        events.append(("renamed", Path(target)))
-        events.append(("flushed", Path(target)))  # by write_whole, before: test_manifest_is_written_last
+        events.append(("written", Path(target)))  # by write_whole, which flushes: test_manifest_is_written_last
 
     if not Path("/proc/self/fd").exists():
         pytest.skip("only Linux tells a descriptor's file")
@@ -264,14 +263,15 @@ def test_a_checkpoint_is_flushed_before_its_name_appears(short, monkeypatch):
     hidden, final = run_dir / f"{checkpoint.LEFTOVER}step_00000004", run_dir / "step_00000004"
     events = [(what, path.resolve()) for what, path in events]
     appears = events.index(("renamed", final))
-    written = [("flushed", hidden / p.name) for p in final.iterdir()]
-    assert len(written) >= 6 and not [e for e in written if e not in events[:appears]], "a file is not flushed"
-    manifest = events.index(("renamed", hidden / checkpoint.MANIFEST))
-    others = [e for e in written if e[1].name != checkpoint.MANIFEST]
-    assert all(events.index(e) < manifest for e in others), "the manifest is not the last"
+    on_disk = {path: i for i, (what, path) in enumerate(events[:appears]) if what in ("flushed", "written")}
+    written = [hidden / p.name for p in final.iterdir()]
+    assert len(written) >= 6 and not [p.name for p in written if p not in on_disk], "a file is not flushed"
+    assert max(written, key=on_disk.get).name == checkpoint.MANIFEST, "the manifest is not the last"
+    manifest = on_disk[hidden / checkpoint.MANIFEST]
     assert ("flushed", hidden) in events[manifest:appears], "the names in the directory are not flushed"
-    assert ("flushed", run_dir / "metrics.jsonl") in events[: events.index(written[0])], "the rows come first"
-    assert ("flushed", run_dir) in events[appears:], "the checkpoint's own name is not flushed"
+    first = min(on_disk[p] for p in written)
+    assert ("flushed", run_dir / "metrics.jsonl") in events[:first], "the rows do not come first"
+    assert events[appears + 1] == ("flushed", run_dir), "the checkpoint's own name is not flushed"
 
 
 def test_a_snapshot_shares_no_memory_with_the_weights():

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from model import GPT, GPTConfig
 from muon import Muon
-from support.files import UNFINISHED, locked, read_json, sha256, sync_directory, write_json
+from support.files import UNFINISHED, copy_permissions, locked, read_json, sha256, sync, sync_directory, write_json
 from support.runtime import gathered, laid_out_like
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
@@ -113,13 +113,13 @@ def point(run_dir, name, step, **facts):
 def write_tensors(path, tensors, metadata=None):
     """A safetensors file, flushed to the disk, beside a CONFIG whose permissions it takes."""
     save_file(tensors, path, metadata)
-    shutil.copymode(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
+    copy_permissions(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
     flush(path)
 
 
 def flush(path):
     with open(path, "rb+") as f:
-        os.fsync(f.fileno())
+        sync(f)
 
 
 def remove(directory):

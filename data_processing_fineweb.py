@@ -10,7 +10,6 @@ Shapes: N tokens in all, T = block_size, W windows in an epoch, A micro-steps, B
 
 import hashlib
 import io
-import mmap
 import os
 import queue
 import re
@@ -25,7 +24,7 @@ from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
 
 import numpy as np
 
-from support.files import read_json, sha256, sync_directory, write_json
+from support.files import read_json, sha256, sync, sync_directory, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -38,7 +37,6 @@ UNFINISHED_SHARD = ".unfinished"  # ends the name of the file that a shard is be
 WRITE_BUFFER = 2**20  # bytes
 NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
 ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
-RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
 
 # ---------------------------------------------------------------------------------------
 # Shards: one-dimensional little-endian .npy files of uint16 or uint32.
@@ -175,7 +173,7 @@ class ShardWriter:
 
     def sync(self):
         self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file)
 
     def save(self) -> dict:
         """Brings all that was added to the disk; returns what another writer needs to go on from here."""
@@ -334,7 +332,7 @@ def permutation(index, n, seed, epoch, rounds=8):
 
 
 class FineWebDataset:
-    """All shards of a directory as one memory-mapped stream of N tokens, seen through W windows.
+    """All shards of a directory as one stream of N tokens on the disk, seen through W windows.
 
     Window w is x = S[wT : wT+T] and y = the same shifted by one; the last one is padded, with
     targets IGNORE. So in one epoch every token but the last is an input exactly once, and every
@@ -351,7 +349,11 @@ class FineWebDataset:
         if self.n_tokens < block_size + 1:
             need = f"one window of block_size {block_size} needs {block_size + 1:,}"
             raise UserError(f"{directory}: {self.n_tokens:,} tokens in all, {need}")
-        self.maps, self.unreleased = {}, 0
+        self.files, self.lock = {}, threading.Lock()  # open files by shard; seeking and reading are one action
+
+    def __del__(self):
+        for f in getattr(self, "files", {}).values():
+            f.close()
 
     def __len__(self):
         return self.n_windows
@@ -364,30 +366,41 @@ class FineWebDataset:
             i = int(np.searchsorted(self.ends, at, side="right"))
             shard = self.shards[i]
             first = int(self.ends[i]) - shard.tokens
-            part = self.mapped(i)[at - first : stop - first]
+            part = self.read(i, at - first, min(stop - first, shard.tokens))
             out[at - start : at - start + part.size] = part
             at += part.size
         if self.valid_vocab_size is not None and out.max() >= self.valid_vocab_size:
             self.raise_bad_token(start + int(out.argmax()), int(out.max()))
         return out
 
-    def mapped(self, i):
-        """Shard i's tokens, mapped at first use. Pages read are given back now and then, so that resident
-        memory does not grow to the size of the data over an epoch."""
+    def read(self, i, start, stop):
+        """Tokens [start, stop) of shard i, as the file holds them (uint16 or uint32). UserError if they are not there.
+
+        Read, not mapped into memory: where a file was cut short or its disk fails, reading returns an error, while
+        touching a map kills the process. For shuffled windows of 2 KB reading is no slower."""
         shard = self.shards[i]
-        if i not in self.maps:
-            if open_shard(shard.path) != shard:  # it may have changed since it was opened
+        out = np.empty(stop - start, shard.dtype)
+        rest = memoryview(out.view(np.uint8))
+        try:
+            with self.lock:
+                f = self.opened(i)
+                f.seek(shard.offset + start * out.itemsize)
+                while rest and (n := f.readinto(rest)):  # some file systems return less than was asked for
+                    rest = rest[n:]
+        except OSError as error:
+            raise UserError(f"{shard.path}: cannot be read ({error.strerror})") from error
+        if rest:
+            raise UserError(f"{shard.path}: ends before token {stop:,}; it was cut short while it was in use")
+        return out
+
+    def opened(self, i):
+        """Shard i's file, opened at first use, when it must still be what it was at the start."""
+        if i not in self.files:
+            shard = self.shards[i]
+            if open_shard(shard.path) != shard:
                 raise UserError(f"{shard.path}: changed while it was in use; start again")
-            with open(shard.path, "rb") as f:
-                self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_RANDOM"):  # windows are shuffled: reading ahead would fetch what nobody wants next
-                self.maps[i].madvise(mmap.MADV_RANDOM)
-        self.unreleased += max(16 * mmap.PAGESIZE, 8 * self.block_size)  # 16: what the kernel maps around one fault
-        if self.unreleased > RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-            self.unreleased = 0
-            for m in self.maps.values():
-                m.madvise(mmap.MADV_DONTNEED)
-        return np.frombuffer(self.maps[i], shard.dtype, shard.tokens, shard.offset)
+            self.files[i] = open(shard.path, "rb", buffering=0)  # noqa: SIM115 (until the dataset goes)
+        return self.files[i]
 
     def raise_bad_token(self, at, token):
         i = int(np.searchsorted(self.ends, at, side="right"))
@@ -421,7 +434,8 @@ class FineWebDataset:
             if listed:
                 h.update(listed[i]["sha256"].encode())
             else:
-                ends = np.concatenate((self.mapped(i)[:32768], self.mapped(i)[-32768:]))
+                n = shard.tokens
+                ends = np.concatenate((self.read(i, 0, min(n, 32768)), self.read(i, max(0, n - 32768), n)))
                 h.update(f"{shard.tokens} {shard.dtype} {zlib.crc32(ends.tobytes())} ".encode())
         return h.hexdigest()
 

@@ -434,8 +434,9 @@ def presets_of(c: InferenceConfig) -> dict:
 
 
 def write(text):
-    """To stdout at once, as UTF-8; flushing is also what notices that the reader of a pipe has left."""
+    """To stdout at once, as UTF-8. ReaderLeft where nobody reads it: then there is no reason to go on."""
     print(text, end="", flush=True)
+    refuse_unread()
 
 
 def fit(tokens, limit, truncate_left):

@@ -326,6 +326,8 @@ def build(c: TrainConfig, rt, valid_vocab_size) -> Net:
         model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"
     )
     step_model = model
+    if c.compile == "on":
+        runtime.refuse_to_compile(rt.device)
     if c.compile == "on" or (c.compile == "auto" and runtime.compiles(rt.device) and not c.fsdp):
         step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
     if not c.fsdp:
@@ -587,7 +589,7 @@ def main(argv=None) -> int:
         "or add --grad_checkpoint. Saved checkpoints are intact"
     )
     try:
-        with runtime.memory_advice(advice):
+        with runtime.memory_advice(advice), runtime.compile_advice():
             result = train(config)
     except RuntimeError as error:
         if not runtime.lost_peer(error):

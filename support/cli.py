@@ -21,8 +21,11 @@ import math
 import os
 import sys
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, field, fields
 from pathlib import Path
+
+from support.terminal import ReaderLeft, open_streams, refuse_unread
 
 LONGEST = 4000  # characters of a message; a hostile file may want to be quoted at any length
 REQUIRED = MISSING  # as the default of a flag: it must be given
@@ -234,18 +237,29 @@ def refuse(problems):
 
 
 def run(main) -> int:
-    """Exit code of a script: main()'s own, 2 after a UserError or where the system refuses (a full disk, a missing
-    permission, a name too long), and quiet where the reader of a pipe left."""
+    """Exit code of a script: main()'s own, or 2 after a UserError or where the system refuses (a full disk, a missing
+    permission, a name too long, a file of output that is incomplete). A closed pipe changes nothing."""
+    open_streams()
     try:
-        return main() or 0
-    except BrokenPipeError:  # `| head -1`: nobody listens any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = main() or 0
+        sys.stdout.flush()
+        if code == 0:
+            with suppress(ReaderLeft):
+                refuse_unread()
+        return code
+    except ReaderLeft:
         return 0
     except (UserError, OSError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {UserError(error)}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {UserError(explain(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def explain(error) -> str:
+    """An error in words: of one of the system the files, then what it said, without its number."""
+    files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
+    return f"{' -> '.join(files)}: {error.strerror}" if files and error.strerror else str(error)
 
 
 def say_missing_package(kind, error, traceback):

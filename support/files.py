@@ -1,17 +1,46 @@
-"""Files that are there whole or not at all, whatever happens to the machine meanwhile, and locks on them."""
+"""Files that are there whole or not at all, whatever happens to the machine meanwhile, and locks on them.
+
+Network, FUSE and shared file systems lack some calls. What one of them cannot do is done without, with one warning.
+"""
 
 import errno
 import hashlib
 import json
 import os
+import shutil
+import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from support.cli import UserError
 
 UNFINISHED = ".tmp"  # suffix of a file that is being written
 JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a hostile one stops here
+
+# What a file system answers to a call that it does not know or does not allow. A full or failing disk is not in it.
+UNSUPPORTED = {
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR,
+    errno.ENOTTY,
+}  # fmt: skip
+TAKEN = {errno.EWOULDBLOCK, errno.EACCES}  # what a lock answers that another process holds
+
+
+@cache  # each text is printed once
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def done_without(what):
+    """Context of one call that a file system may lack. Then a warning says `what` that means, and the work goes on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(f"this file system does not support a call ({os.strerror(error.errno)}): {what}")
 
 
 def write_whole(path, *parts):
@@ -24,7 +53,7 @@ def write_whole(path, *parts):
         with open(temporary, "wb") as f:
             f.writelines(parts)
             f.flush()
-            os.fsync(f.fileno())
+            sync(f)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -32,22 +61,36 @@ def write_whole(path, *parts):
     sync_directory(path.parent)
 
 
+def sync(file):
+    """Brings what was written to an open file, and flushed, to the disk."""
+    with done_without("a power cut may lose files that were written last"):
+        os.fsync(file)
+
+
 def sync_directory(directory):
     """Makes renames and new names in a directory survive a power cut; no-op where directories cannot be opened."""
     if os.name == "nt":
         return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with done_without("a power cut may undo the newest renames of files"):
+        fd = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def copy_permissions(source, path):
+    """Gives `path` the permissions of `source`."""
+    with done_without("new files keep the permissions it gives them"):
+        shutil.copymode(source, path)
 
 
 @contextmanager
 def locked(file, taken, wait=0.0):
     """In it, this process alone holds an open file or directory; closing it, or a crash, frees it.
 
-    UserError with the words of `taken()` where another process has held it for `wait` seconds."""
+    UserError with the words of `taken()` where another process has held it for `wait` seconds. Where the file system
+    keeps no locks there is a warning instead."""
     try:
         import fcntl
     except ImportError:  # Windows has no flock; there the lock is not kept
@@ -59,6 +102,10 @@ def locked(file, taken, wait=0.0):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
+            if error.errno not in TAKEN:
+                lost = "make sure yourself that only one process writes here"
+                warn_once(f"this file system keeps no locks ({os.strerror(error.errno)}); {lost}")
+                break
             if time.monotonic() >= give_up:
                 raise UserError(taken()) from error
             time.sleep(0.1)

@@ -9,18 +9,22 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import sysconfig
 import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from support.cli import UserError
+from support.cli import UserError, one_line
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from the makers' data sheets; first match counts.
 PEAK_FLOPS = [
@@ -40,6 +44,7 @@ PEAK_FLOPS = [
     (r"V100", 125e12),
     (r"T4", 65e12),
 ]
+GIT_SECONDS = 10  # to wait for git's answer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -83,11 +88,47 @@ def pick(device, dtype) -> tuple[torch.device, str]:
     return device, pick_dtype(dtype, device)
 
 
+def lacks_to_compile(device) -> str | None:
+    """What torch.compile needs and this machine lacks, in words; None where nothing is known to be missing."""
+    if device.type == "cpu":
+        names = [os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")]
+        return None if any(map(shutil.which, names)) else f"a C++ compiler ({names[0]})"
+    if device.type != "cuda":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if sys.platform == "win32":  # Triton for Windows brings a compiler
+        return None
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(map(shutil.which, names)):  # Triton builds its launchers with it, when the first kernel runs
+        return f"a C compiler ({' or '.join(names)})"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return None if header.exists() else f"Python's headers ({header}, of a package such as python3-dev)"
+
+
 def compiles(device) -> bool:
-    """Whether compiling pays there: on CUDA, where Triton is installed and knows the card."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """Whether compiling pays there: on CUDA, where Triton has what it needs and knows the card."""
+    if device.type != "cuda" or lacks_to_compile(device):
         return False
     return torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def refuse_to_compile(device):
+    """UserError where torch.compile was asked for and cannot work."""
+    if lacking := lacks_to_compile(device):
+        raise UserError(f"--compile on needs {lacking}; install it, or train with --compile off")
+
+
+@contextmanager
+def compile_advice():
+    """Turns a failure within torch.compile, which fills pages, into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        why = one_line(str(error).split("\n\n")[0])  # what follows is how to debug torch
+        raise UserError(f"torch.compile failed ({why}); --compile off trains without it") from error
 
 
 def is_sharded(t):
@@ -324,10 +365,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Context in which SIGTERM, SIGUSR1 (Slurm's notice) and Ctrl-C only set `.received`, to be looked at
-    where the run can stop without loss. A second Ctrl-C exits at once."""
+    """Context in which SIGTERM, SIGUSR1 (Slurm's notice), SIGHUP (the terminal was closed) and Ctrl-C only set
+    `.received`, to be looked at where the run can stop without loss. A second Ctrl-C exits at once. Where SIGHUP
+    was ignored from the start, as nohup does, it stays so."""
 
-    NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+    NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
     received = 0
     failed = False  # set by a thread of the run that could not do its work, such as writing a checkpoint
 
@@ -335,8 +377,9 @@ class StopSignals:
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for name in self.NAMES:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
+                number = getattr(signal, name, None)  # Windows lacks some
+                kept = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN
+                if number and not kept:
                     self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -353,6 +396,15 @@ class StopSignals:
     def __exit__(self, *exc):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def git_commit() -> str | None:
+    """The commit of this code; None where git is not installed, refuses (no repository, another owner's), or hangs."""
+    how = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_SECONDS, cwd=Path(__file__).parent)
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], check=True, **how).stdout.decode(errors="replace").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def versions() -> dict:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import secrets
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -17,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from support.cli import UserError
-from support.files import write_json, write_whole
-from support.runtime import versions
+from support.files import sync, write_json, write_whole
+from support.runtime import git_commit, versions
 
 AXES = {"tokens", "seconds"}  # what curves can be drawn against, besides the step
 NO_CURVES = {"kind", "step", "checksum", "samples_seen", "targets", "examples"}
@@ -151,11 +150,10 @@ def introduce(c, rt, facts, at, changed):
 
 def record_of_run(c, rt, facts) -> dict:
     """run.json: what a reader needs to repeat this run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "config": asdict(c),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git_commit(),
         "versions": versions(),
         "device": str(rt.device),
         "dtype": rt.dtype,
@@ -212,7 +210,7 @@ class Metrics:
     def sync(self):
         """To the disk, before a checkpoint that relies on it."""
         if self.file:
-            os.fsync(self.file.fileno())
+            sync(self.file)
 
     def close(self):
         if self.file:

@@ -1,0 +1,69 @@
+"""Standard output and error that may fail: what nobody can receive is dropped, so that the work goes on.
+
+`cli.run` calls `open_streams` for every program. A pipe's reader leaves, a terminal is closed, a disk is full, an encoding
+lacks a character: none of it may end a training or a preparation.
+"""
+
+import io
+import os
+import select
+import stat
+import sys
+from contextlib import suppress
+
+
+class Talk(io.FileIO):
+    """Standard output or error below Python's buffers. What cannot be written is dropped, so that the work goes on."""
+
+    lost = None  # the first error
+
+    def write(self, data):
+        try:
+            while (written := super().write(data)) is None:  # full, and another process made it non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            self.lost = self.lost or error
+            return len(data)
+
+
+def open_streams():
+    """Makes printing safe: a reader may leave, a stream may be closed, its encoding may lack characters."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: occupy its number, or a file opened later gets it, and what C code prints too
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+        elif name != "stdin" and stream is getattr(sys, f"__{name}__"):  # not one that a test or a notebook put there
+            with suppress(OSError):
+                stream.flush()
+            stream.reconfigure(errors="backslashreplace")
+            if type(raw_of(stream)) is io.FileIO:  # a Windows console's is another
+                setattr(sys, name, talking(stream))
+
+
+def raw_of(stream):
+    """What is below the buffers of a text stream; None if it is none of the system's."""
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)  # PYTHONUNBUFFERED leaves the buffer out
+
+
+def talking(stream):
+    """The same text stream on top of a Talk."""
+    raw = Talk(stream.fileno(), "w", closefd=False)
+    how = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
+    return io.TextIOWrapper(io.BufferedWriter(raw) if hasattr(stream.buffer, "raw") else raw, **how)
+
+
+class ReaderLeft(Exception):
+    """Nobody reads standard output any more."""
+
+
+def refuse_unread():
+    """For a program whose work is what it prints: ReaderLeft if nobody reads it, OSError if a file cannot hold it."""
+    raw = raw_of(sys.stdout)
+    if error := getattr(raw, "lost", None):
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            raise ReaderLeft
+        raise OSError(error.errno, error.strerror, "standard output")

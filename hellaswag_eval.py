@@ -624,9 +624,11 @@ def main(argv=None):
     with memory_advice("on the device; lower --batch_tokens"), autocast(device, dtype), bar:
         progress = running_accuracy(bar, labels)
         scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
-    if args.json:  # before anything is printed: what took long is safe first
-        write(args.json, as_json_lines(scores).encode())
-    print(report(scores.summary()))
+    try:
+        if args.json:
+            write(args.json, as_json_lines(scores).encode())
+    finally:  # the scores took long: the table is shown even where the file cannot be written
+        print(report(scores.summary()))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import torch
 from checkpoint import find_checkpoint, load_model
 from model import KVCache
 from support.runtime import autocast, keep_freed_memory, memory_advice, pick_device, pick_dtype
+from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"
 PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for

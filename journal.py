@@ -243,7 +243,8 @@ def go_on(directories):
 
 def forget_journal(directories):
     for name in JOURNAL, DIGESTS:  # in this order: a journal needs its digests
-        (directories["train"] / name).unlink(missing_ok=True)
+        if (directories["train"] / name).exists():  # a read-only folder answers an error even where there is nothing
+            (directories["train"] / name).unlink(missing_ok=True)
 
 
 def read_journal(directories, recipe) -> dict | None:

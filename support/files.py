@@ -33,14 +33,15 @@ def warn_once(text):
 
 
 @contextmanager
-def done_without(what):
-    """Context of one call that a file system may lack. Then a warning says `what` that means, and the work goes on."""
+def done_without(path, what):
+    """Context of a call about `path` that a file system may lack. Then a warning says `what`, and the work goes on."""
     try:
         yield
     except OSError as error:
+        error.filename = error.filename or str(path)
         if error.errno not in UNSUPPORTED:
             raise
-        warn_once(f"this file system does not support a call ({os.strerror(error.errno)}): {what}")
+        warn_once(f"this file system {what} ({error.strerror})")
 
 
 def write_whole(path, *parts):
@@ -63,7 +64,7 @@ def write_whole(path, *parts):
 
 def sync(file):
     """Brings what was written to an open file, and flushed, to the disk."""
-    with done_without("a power cut may lose files that were written last"):
+    with done_without(file.name, "does not flush files: a power cut may lose those that were written last"):
         os.fsync(file)
 
 
@@ -71,7 +72,7 @@ def sync_directory(directory):
     """Makes renames and new names in a directory survive a power cut; no-op where directories cannot be opened."""
     if os.name == "nt":
         return
-    with done_without("a power cut may undo the newest renames of files"):
+    with done_without(directory, "does not flush folders: a power cut may undo the newest renames"):
         fd = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -81,7 +82,7 @@ def sync_directory(directory):
 
 def copy_permissions(source, path):
     """Gives `path` the permissions of `source`."""
-    with done_without("new files keep the permissions it gives them"):
+    with done_without(path, "does not set permissions: files keep those that it gives them"):
         shutil.copymode(source, path)
 
 
@@ -103,8 +104,7 @@ def locked(file, taken, wait=0.0):
             break
         except OSError as error:
             if error.errno not in TAKEN:
-                lost = "make sure yourself that only one process writes here"
-                warn_once(f"this file system keeps no locks ({os.strerror(error.errno)}); {lost}")
+                warn_once(f"this file system keeps no locks: let only one process write here ({error.strerror})")
                 break
             if time.monotonic() >= give_up:
                 raise UserError(taken()) from error

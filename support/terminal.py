@@ -1,7 +1,7 @@
 """Standard output and error that may fail: what nobody can receive is dropped, so that the work goes on.
 
-`cli.run` calls `open_streams` for every program. A pipe's reader leaves, a terminal is closed, a disk is full, an encoding
-lacks a character: none of it may end a training or a preparation.
+`cli.run` calls `open_streams` for every program. A pipe's reader leaves, a terminal is closed, a disk is full, an
+encoding lacks a character: none of it may end a training or a preparation.
 """
 
 import io
@@ -34,7 +34,8 @@ def open_streams():
         if stream is None:  # closed: occupy its number, or a file opened later gets it, and what C code prints too
             null = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(null, True)
-            setattr(sys, name, open(null, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(null, mode, closefd=False, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
         elif name != "stdin" and stream is getattr(sys, f"__{name}__"):  # not one that a test or a notebook put there
             with suppress(OSError):
                 stream.flush()

@@ -613,6 +613,16 @@ def test_command_line(command_line, tmp_path, capsys, model, tokenizer):
         assert [line["choices"][name] for line in lines] == choice.tolist()
 
 
+def test_neither_file_nor_table_costs_the_other(command_line, tmp_path, capsys, monkeypatch):
+    """Bugs: the table cannot be printed and the scores were not written yet; or the other way round."""
+    assert command_line("--json", str(tmp_path / "some.jsonl" / "x")) == 2  # below a file
+    assert "harness acc_norm" in capsys.readouterr().out
+    monkeypatch.setattr(hs, "report", lambda result: "±".encode("ascii"))
+    with pytest.raises(UnicodeEncodeError):
+        command_line("--json", str(tmp_path / "scores.jsonl"))
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 11
+
+
 def test_command_line_errors(command_line, tmp_path, capsys):
     assert command_line("--data", str(tmp_path / "none.jsonl")) == 2
     assert "none.jsonl: cannot be read" in capsys.readouterr().err

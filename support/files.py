@@ -21,8 +21,7 @@ JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a host
 
 # What a file system answers to a call that it does not know or does not allow. A full or failing disk is not in it.
 UNSUPPORTED = {
-    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR,
-    errno.ENOTTY,
+    errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF,
 }  # fmt: skip
 TAKEN = {errno.EWOULDBLOCK, errno.EACCES}  # what a lock answers that another process holds
 

@@ -64,7 +64,7 @@ def write_whole(path, *parts):
 def sync(file):
     """Brings what was written to an open file, and flushed, to the disk."""
     with done_without(file.name, "does not flush files: a power cut may lose those that were written last"):
-        os.fsync(file)
+        os.fsync(file.fileno())
 
 
 def sync_directory(directory):

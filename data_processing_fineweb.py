@@ -8,8 +8,10 @@ end of a shard, a batch or an epoch. Knows nothing of the model.
 Shapes: N tokens in all, T = block_size, W windows in an epoch, A micro-steps, B rows.
 """
 
+import contextlib
 import hashlib
 import io
+import mmap
 import os
 import queue
 import re
@@ -36,6 +38,7 @@ OUR_HEADER = 128  # bytes: numpy's header of a .npy with one dimension, however 
 UNFINISHED_SHARD = ".unfinished"  # ends the name of the file that a shard is before it is whole
 WRITE_BUFFER = 2**20  # bytes
 NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
+RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
 ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
 
 # ---------------------------------------------------------------------------------------
@@ -331,8 +334,14 @@ def permutation(index, n, seed, epoch, rounds=8):
 # Reading.
 
 
+def advise(mapping, advice):
+    """Tells the kernel how mapped memory is used, where system and file system know this advice."""
+    with contextlib.suppress(AttributeError, OSError):
+        mapping.madvise(getattr(mmap, advice))
+
+
 class FineWebDataset:
-    """All shards of a directory as one stream of N tokens on the disk, seen through W windows.
+    """All shards of a directory as one memory-mapped stream of N tokens, seen through W windows.
 
     Window w is x = S[wT : wT+T] and y = the same shifted by one; the last one is padded, with
     targets IGNORE. So in one epoch every token but the last is an input exactly once, and every
@@ -349,11 +358,7 @@ class FineWebDataset:
         if self.n_tokens < block_size + 1:
             need = f"one window of block_size {block_size} needs {block_size + 1:,}"
             raise UserError(f"{directory}: {self.n_tokens:,} tokens in all, {need}")
-        self.files, self.lock = {}, threading.Lock()  # open files by shard; seeking and reading are one action
-
-    def __del__(self):
-        for f in getattr(self, "files", {}).values():
-            f.close()
+        self.maps, self.unreleased = {}, 0
 
     def __len__(self):
         return self.n_windows
@@ -366,41 +371,36 @@ class FineWebDataset:
             i = int(np.searchsorted(self.ends, at, side="right"))
             shard = self.shards[i]
             first = int(self.ends[i]) - shard.tokens
-            part = self.read(i, at - first, min(stop - first, shard.tokens))
+            part = self.mapped(i)[at - first : stop - first]
             out[at - start : at - start + part.size] = part
             at += part.size
         if self.valid_vocab_size is not None and out.max() >= self.valid_vocab_size:
             self.raise_bad_token(start + int(out.argmax()), int(out.max()))
         return out
 
-    def read(self, i, start, stop):
-        """Tokens [start, stop) of shard i, as the file holds them (uint16 or uint32). UserError if they are not there.
+    def mapped(self, i):
+        """Shard i's tokens, mapped into memory at first use.
 
-        Read, not mapped into memory: where a file was cut short or its disk fails, reading returns an error, while
-        touching a map kills the process. For shuffled windows of 2 KB reading is no slower."""
+        Pages that were read are given back now and then, so that resident memory does not grow to the size of the
+        data over an epoch. UserError where the file is shorter than at the start: touching what is gone from a mapped
+        file ends the process without a word."""
         shard = self.shards[i]
-        out = np.empty(stop - start, shard.dtype)
-        rest = memoryview(out.view(np.uint8))
-        try:
-            with self.lock:
-                f = self.opened(i)
-                f.seek(shard.offset + start * out.itemsize)
-                while rest and (n := f.readinto(rest)):  # some file systems return less than was asked for
-                    rest = rest[n:]
-        except OSError as error:
-            raise UserError(f"{shard.path}: cannot be read ({error.strerror})") from error
-        if rest:
-            raise UserError(f"{shard.path}: ends before token {stop:,}; it was cut short while it was in use")
-        return out
-
-    def opened(self, i):
-        """Shard i's file, opened at first use, when it must still be what it was at the start."""
-        if i not in self.files:
-            shard = self.shards[i]
-            if open_shard(shard.path) != shard:
+        if i not in self.maps:
+            if open_shard(shard.path) != shard:  # it may have changed since it was opened
                 raise UserError(f"{shard.path}: changed while it was in use; start again")
-            self.files[i] = open(shard.path, "rb", buffering=0)  # noqa: SIM115 (until the dataset goes)
-        return self.files[i]
+            with open(shard.path, "rb") as f:
+                self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+            advise(
+                self.maps[i], "MADV_RANDOM"
+            )  # windows are shuffled: reading ahead would fetch what nobody wants next
+        if self.maps[i].size() < shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize:  # the file's size now
+            raise UserError(f"{shard.path}: was cut short while it was in use")
+        self.unreleased += max(16 * mmap.PAGESIZE, 8 * self.block_size)  # 16: what the kernel maps around one fault
+        if self.unreleased > RELEASE_BYTES:
+            self.unreleased = 0
+            for m in self.maps.values():
+                advise(m, "MADV_DONTNEED")
+        return np.frombuffer(self.maps[i], shard.dtype, shard.tokens, shard.offset)
 
     def raise_bad_token(self, at, token):
         i = int(np.searchsorted(self.ends, at, side="right"))
@@ -434,8 +434,7 @@ class FineWebDataset:
             if listed:
                 h.update(listed[i]["sha256"].encode())
             else:
-                n = shard.tokens
-                ends = np.concatenate((self.read(i, 0, min(n, 32768)), self.read(i, max(0, n - 32768), n)))
+                ends = np.concatenate((self.mapped(i)[:32768], self.mapped(i)[-32768:]))
                 h.update(f"{shard.tokens} {shard.dtype} {zlib.crc32(ends.tobytes())} ".encode())
         return h.hexdigest()
 

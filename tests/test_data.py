@@ -494,7 +494,7 @@ def test_deleted_shard_is_named_by_the_iterator(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 200])
 def test_shard_shortened_after_opening_is_named(tmp_path, size):
-    """Bug: a shard replaced by a shorter one during the run gives numpy's error, without a name."""
+    """Bug: a shard replaced by a shorter one during the run gives numpy's or mmap's error, without a name."""
     loader = toy_loader(tmp_path)
     os.truncate(tmp_path / "shard_0.npy", size)
     stream = FineWebBatchIterator(loader, 0)
@@ -580,14 +580,14 @@ def test_ten_billion_tokens_open_and_seek_at_once(tmp_path):
     dataset = FineWebDataset(tmp_path, T)
     shuffled = FineWebDataLoader(dataset, 8, 64, seed=1)
     assert dataset.n_tokens == 10**10 and dataset.n_windows == -(-(10**10 - 1) // T) == 9765625
-    assert not dataset.files  # no data touched yet
+    assert not dataset.maps  # no data touched yet
     batch = shuffled.batch(7 * dataset.n_windows + 5_000_001)
     assert batch.epoch == 7 and batch.x.shape == (8, 8, T)
-    assert len(dataset.files) <= 2 * 64
+    assert len(dataset.maps) <= 2 * 64
     border = 43 * each // T
     ordered = FineWebDataLoader(FineWebDataset(tmp_path, T), 1, 1, shuffle=False)
     row = ordered.batch(3 * dataset.n_windows + border).x.reshape(-1)
-    assert len(ordered.dataset.files) == 2
+    assert len(ordered.dataset.maps) == 2
     assert row[43 * each % T - 2 :][:6].tolist() == [7001, 7002, 1, 2, 3, 4]
     assert time.process_time() - start < 2
     if proc:
@@ -596,7 +596,7 @@ def test_ten_billion_tokens_open_and_seek_at_once(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 def test_memory_stays_flat_over_epochs(tmp_path):
-    """Bug: what was read stays in the process, so memory grows to the size of the data over an epoch."""
+    """Bug: mapped pages stay resident, so memory grows to the size of the data over an epoch."""
     tokens = 100_000_000  # 200 MB: one shard of the default size
     with open(tmp_path / "shard.npy", "wb") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "<u2", "fortran_order": False, "shape": (tokens,)})

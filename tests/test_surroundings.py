@@ -3,7 +3,6 @@
 None of it may cost the work. What cannot be had is done without, with one warning, or is one line and exit code 2.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -419,35 +418,9 @@ def test_a_shard_cut_short_while_it_is_read_is_named(tmp_path, size):
     batches = FineWebBatchIterator(FineWebDataLoader(dataset, 4, 4, shuffle=False), 0, prefetch=1)
     next(batches)
     os.truncate(tmp_path / "shard_000000.npy", size)
-    with pytest.raises(UserError, match=r"shard_000000\.npy: ends before token [\d,]+; it was cut short"):
+    with pytest.raises(UserError, match=r"shard_000000\.npy: was cut short while it was in use"):
         for _ in range(60):
             next(batches)
-
-
-def test_a_disk_that_fails_names_the_shard(tmp_path, monkeypatch):
-    """Bug: a mapped file on a disk that fails, or on a server that is gone, kills the process too."""
-    dataset = stream(tmp_path)
-    assert dataset.tokens(0, 16).tolist() == list(range(16))
-    os.close(dataset.opened(1).fileno())  # from now on the system answers an error
-    with pytest.raises(UserError, match=r"shard_000001\.npy: cannot be read \(Bad file descriptor\)"):
-        dataset.tokens(2000, 2016)
-    with contextlib.suppress(OSError):
-        dataset.files.pop(1).close()
-
-
-def test_a_file_system_that_returns_less_than_asked(tmp_path):
-    """Bug: a read that stops early (FUSE with direct I/O) is taken for the end of the shard, or leaves old memory."""
-    dataset = stream(tmp_path)
-
-    class Slow:
-        def __init__(self, file):
-            self.file, self.seek, self.close = file, file.seek, file.close
-
-        def readinto(self, buffer):
-            return self.file.readinto(buffer[:5])
-
-    dataset.files[0] = Slow(dataset.opened(0))
-    assert dataset.tokens(100, 300).tolist() == [t % 512 for t in range(100, 300)]
 
 
 READ_ONLY = """

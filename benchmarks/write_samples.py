@@ -58,19 +58,20 @@ def head(path, seed, max_new_tokens, device, dtype) -> str:
     """What a reader needs to write the same file again."""
     command = f"python benchmarks/write_samples.py --checkpoint checkpoints/{path.parent.name}/{path.name}"
     where = f"Seed {seed}, {device}, {dtype}, torch {torch.__version__}"
+    command += f" --seed {seed} --max_new_tokens {max_new_tokens} --device {device} --dtype {dtype}"
     return (
         f"# Samples of {path.parent.name}, step {step_of(path):,}\n\n"
         f"One for each prompt and preset, none chosen, none shortened: the prompt and at most {max_new_tokens} tokens. "
         f"{where}; another device or version rounds otherwise, and one other token changes all that follow it.\n\n"
-        f"```sh\n{command} --seed {seed} --max_new_tokens {max_new_tokens} --output samples.md\n```\n"
+        f"```sh\n{command} --output samples.md\n```\n"
     )
 
 
-def write_samples(checkpoint, output, seed=0, max_new_tokens=100, device="auto") -> Path:
+def write_samples(checkpoint, output, seed=0, max_new_tokens=100, device="auto", dtype="auto") -> Path:
     """Writes the samples of a run's newest checkpoint, or of the one named, to `output`; returns its path."""
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1")
-    device, dtype = pick(device, "auto")
+    device, dtype = pick(device, dtype)
     path = find_checkpoint(checkpoint).resolve()
     model, tokenizer = load_model(path, device)
     with torch.inference_mode(), autocast(device, dtype):
@@ -86,6 +87,7 @@ class Config:
     seed: int = flag(0, "of the samples")
     max_new_tokens: int = flag(100, "per sample, at most", at_least=1, unit="tokens")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
+    dtype: str = flag("auto", "of products", choices=("auto", "float32", "bfloat16"))
 
 
 def main(argv=None):

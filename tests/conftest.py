@@ -11,14 +11,23 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import auto_watch  # first: it watches the import of support.runtime
 import train as train_module
 from data_processing_fineweb import ShardWriter
 from tokenizer import TextTokenizer
 from train import TrainConfig
 
+children = [str(Path(auto_watch.__file__).parent), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, children))  # processes that tests start watch it too
 torch.set_num_threads(1)  # the models here are too small to share, and one thread repeats its sums exactly
 settings.register_profile("repository", deadline=None, derandomize=True)  # the same examples on every run
 settings.load_profile("repository")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before all fixtures: a test names device and dtype unless it is marked `auto`."""
+    os.environ[auto_watch.RULE] = "allowed" if item.get_closest_marker("auto") else "refused"
 
 
 @pytest.fixture(scope="session")

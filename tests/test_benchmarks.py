@@ -46,6 +46,9 @@ class GPT(nn.Module):
 '''
 
 
+CPU = ["--device", "cpu", "--dtype", "float32"]
+
+
 @pytest.fixture(autouse=True)
 def benchmarks_on_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -61,7 +64,7 @@ def test_training_benchmark_shows_every_contestant_and_where_the_time_goes(tmp_p
     import bench_train
 
     (tmp_path / "model.py").write_text(NANOGPT)
-    bench_train.main(["--tiny", "--rounds", "2", "--device", "cpu", "--nanogpt", str(tmp_path), "--profile"])
+    bench_train.main(["--tiny", "--rounds", "2", *CPU, "--nanogpt", str(tmp_path), "--profile"])
     out = capsys.readouterr().out
     for name in ("ours", "transformers", "nanogpt"):
         rate, low, high, ratio, teraflops, share = numbers(out, name + " ")[:6]
@@ -79,7 +82,7 @@ def test_training_benchmark_runs_the_step_of_train_py(monkeypatch, capsys):
     results, real = [], bench_train.train.train_step
     monkeypatch.setattr(bench_train.train, "train_step", lambda *a: (results.append(real(*a)), results[-1])[1])
     monkeypatch.setattr(bench_train.train, "lr_at", lambda step, config: 1e-2)
-    bench_train.main(["--tiny", "--rounds", "2", "--steps_per_round", "3", "--device", "cpu", "--only", "ours"])
+    bench_train.main(["--tiny", "--rounds", "2", "--steps_per_round", "3", *CPU, "--only", "ours"])
     rows = [row for _, row, _ in results]
     assert len(rows) == 2 + 2 * 3  # the first, the warm-up, and two rounds
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
@@ -90,7 +93,7 @@ def test_a_contestant_that_fails_costs_its_row_only(tmp_path, capsys):
 
     broken = NANOGPT.replace("logits = ", "raise TypeError('no such\\nthing')\n        logits = ")
     (tmp_path / "model.py").write_text(broken)
-    flags = ["--tiny", "--rounds", "1", "--device", "cpu", "--only", "ours,nanogpt"]
+    flags = ["--tiny", "--rounds", "1", *CPU, "--only", "ours,nanogpt"]
     bench_train.main([*flags, "--nanogpt", str(tmp_path)])
     out = capsys.readouterr().out
     assert numbers(out, "ours ")[0] > 0
@@ -134,7 +137,7 @@ def test_operations_count_with_the_right_part_of_a_step(name, shapes, group):
         (["--batch_size", "0"], "at least 1"),
         (["--only", "ours,llama"], "its names are ours, muon, transformers, nanogpt"),
         (["--nanogpt", "/nowhere"], "no model.py"),
-        (["--dropout", "1", "--device", "cpu"], "dropout is 1.0"),
+        (["--dropout", "1", *CPU], "dropout is 1.0"),
     ],
 )
 def test_a_wrong_flag_of_the_training_benchmark_is_one_line(flags, words, capsys):

@@ -121,6 +121,7 @@ def checkout(tmp_path, test_data):
 
 
 @pytest.mark.slow
+@pytest.mark.auto
 @pytest.mark.timeout(1200)
 def test_every_printed_command_runs(checkout, tally):
     """Bugs: a flag, file or default that is gone; a command that fails on the data the page told the reader to make; a

@@ -38,7 +38,11 @@ class Server:
         library = folder / "faults.so"
         subprocess.run(["cc", "-shared", "-fPIC", "-o", library, HERE / "faults.c", "-ldl"], check=True)
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process with threads cannot be forked
-        env = os.environ | threads | {"LD_PRELOAD": str(library), "PYTHONPATH": str(HERE.parent)}
+        env = (
+            os.environ
+            | threads
+            | {"LD_PRELOAD": str(library), "PYTHONPATH": f"{HERE / 'children'}{os.pathsep}{HERE.parent}"}
+        )
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen([sys.executable, HERE / "fork_server.py"], env=env, **pipes)
         self.output = folder / "output.txt"

@@ -601,6 +601,7 @@ def desk(toy, tmp_path, monkeypatch):
     return tmp_path
 
 
+CPU = ["--device", "cpu", "--dtype", "float32"]
 ENDINGS = {  # script -> what ends its command lines, so that no work begins, or little
     "train": [["--data_dir", "missing"], ["--data_dir", "x" * 300]],
     "inference": [
@@ -620,6 +621,7 @@ ENDINGS = {  # script -> what ends its command lines, so that no work begins, or
 
 
 @pytest.mark.slow
+@pytest.mark.auto  # one line whatever the device and the dtype
 @pytest.mark.parametrize(
     "script, n",
     [("train", 900), ("inference", 600), ("hellaswag_eval", 400), ("prepare_fineweb", 600), ("checkpoint", 100),
@@ -660,7 +662,7 @@ def test_a_name_that_no_file_can_have(script, tmp_path, monkeypatch):
     """Bug: the system's "File name too long" came with a traceback, from is_file() and its like."""
     monkeypatch.chdir(tmp_path)
     name = "x" * 300
-    argv = {"plot_run": [name], "inference": ["--checkpoint", name], "prepare_fineweb": ["--local_files", name]}
+    argv = {"plot_run": [name], "inference": [*CPU, "--checkpoint", name], "prepare_fineweb": ["--local_files", name]}
     assert name in refusal(lambda: __import__(script).main(argv.get(script, ["verify", name])))
 
 
@@ -928,7 +930,7 @@ def test_parquet_with_a_type_that_is_not_implemented(tmp_path, monkeypatch):
 def test_integers_beyond_64_bits(flags):
     """Bugs: torch's ValueError for such a seed, but only after the data was read; Python's, that a product
     has too many digits to be shown."""
-    assert "beyond 64 bits" in refusal(lambda: train_module.main([*flags, "--data_dir", "missing"]))
+    assert "beyond 64 bits" in refusal(lambda: train_module.main([*flags, *CPU, "--data_dir", "missing"]))
 
 
 DAMAGED_NUMBERS = [  # the first four were a ValueError of matplotlib, the others its and numpy's warnings

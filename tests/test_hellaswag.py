@@ -677,7 +677,7 @@ def test_benchmark_runs(tmp_path, tokenizer, capsys, monkeypatch):
 
     tokenizer.save(tmp_path)
     data = write_lines(tmp_path / "some.jsonl", *make_examples())
-    flags = ["--tiny", "--examples", "3", "--repeats", "1", "--device", "cpu"]
+    flags = ["--tiny", "--examples", "3", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]
     bench_hellaswag.main([*flags, "--data", str(data), "--tokenizer", str(tmp_path)])
     out = capsys.readouterr().out
     assert all(f"\n{way} " in out for way in ("plain", "completion", "both")) and "3 examples" in out

@@ -420,7 +420,7 @@ def command(monkeypatch, capsys, model, tokenizer):
     monkeypatch.setattr(inference, "for_cpu", lambda net: net)  # it alters the model, which other tests use too
 
     def call(*flags):
-        code = run(lambda: inference.main(list(flags)))
+        code = run(lambda: inference.main(["--device", "cpu", "--dtype", "float32", *flags]))
         return code, *capsys.readouterr()
 
     return call
@@ -441,7 +441,7 @@ def test_the_fast_form_is_for_float32_on_a_cpu(command, monkeypatch):
     done = []
     monkeypatch.setattr(inference, "for_cpu", done.append)
     for dtype, times in (("float32", 1), ("bfloat16", 1)):
-        flags = ["--device", "cpu", "--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]
+        flags = ["--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]
         assert command(*flags)[0] == 0 and len(done) == times
 
 
@@ -606,7 +606,8 @@ def test_reader_that_leaves_is_a_quiet_exit():
         "import sys; sys.path[:0] = ['.', 'tests']; import test_inference as t; from pathlib import Path\n"
         "t.inference.find_checkpoint = lambda path: Path('x')\n"
         "t.inference.load_model = lambda path, device: (t.tiny_model(), t.bytes_only())\n"
-        "sys.exit(t.run(lambda: t.inference.main(['--prompt', 'a', '--max_new_tokens', '100000'])))"
+        "flags = ['--device', 'cpu', '--dtype', 'float32', '--prompt', 'a', '--max_new_tokens', '100000']\n"
+        "sys.exit(t.run(lambda: t.inference.main(flags)))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],

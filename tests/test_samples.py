@@ -13,6 +13,8 @@ from model import GPT, GPTConfig
 from support.cli import run
 from toy import ROOT, spread
 
+MACHINE = {"device": "cpu", "dtype": "float32"}
+
 
 @pytest.fixture(autouse=True)
 def benchmarks_on_path(monkeypatch):
@@ -40,7 +42,7 @@ def test_every_prompt_under_every_preset_uncut(run_dir, tmp_path):
     """Guards samples that were chosen or shortened: each is what inference.sample_text gives, whole."""
     from write_samples import PROMPTS, fenced, write_samples
 
-    text = write_samples(run_dir, tmp_path / "samples.md", seed=3, max_new_tokens=9).read_text()
+    text = write_samples(run_dir, tmp_path / "samples.md", 3, 9, **MACHINE).read_text()
     model, tokenizer = checkpoint.load_model(run_dir)
     at = 0
     for prompt in PROMPTS:
@@ -53,7 +55,8 @@ def test_every_prompt_under_every_preset_uncut(run_dir, tmp_path):
 def test_the_command_in_the_head_writes_the_same_file(run_dir, tmp_path, monkeypatch):
     from write_samples import main
 
-    main(["--checkpoint", str(run_dir), "--seed", "5", "--max_new_tokens", "4", "--output", str(tmp_path / "a.md")])
+    flags = ["--seed", "5", "--max_new_tokens", "4", "--device", "cpu", "--dtype", "bfloat16"]
+    main(["--checkpoint", str(run_dir), *flags, "--output", str(tmp_path / "a.md")])
     text = (tmp_path / "a.md").read_text()
     words = shlex.split(re.search(r"^python benchmarks/write_samples\.py (.*)$", text, re.M)[1])
     monkeypatch.chdir(tmp_path)
@@ -88,6 +91,6 @@ def test_mistakes_are_one_line(flags, words, tmp_path, monkeypatch, capsys):
     from write_samples import main
 
     monkeypatch.chdir(tmp_path)
-    assert run(lambda: main(flags)) == 2
+    assert run(lambda: main(["--device", "cpu", "--dtype", "float32", *flags])) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -25,6 +25,8 @@ from support.tracking import read_rows
 from toy import ROOT, losses, start, trace, vals, wait_for_step
 from train import PRESETS, TrainConfig, lr_at, parse, problems, train
 
+CPU = ["--device", "cpu", "--dtype", "float32"]
+
 # --- the schedule and the arguments
 
 
@@ -50,7 +52,7 @@ def test_default_preset_is_gpt2_124m_on_ten_billion_tokens():
 
 
 def test_all_argument_problems_are_said_at_once(capsys):
-    bad = ["--lr", "-1", "--warmup_frac", "2", "--batch_size", "7", "--n_head", "5", "--norm", "batchnorm"]
+    bad = ["--lr", "-1", "--warmup_frac", "2", "--batch_size", "7", "--n_head", "5", "--norm", "batchnorm", *CPU]
     before = time.monotonic()
     assert run(lambda: train_module.main(bad)) == 2
     assert time.monotonic() - before < 5, "arguments are checked before any work"
@@ -73,7 +75,7 @@ def test_all_argument_problems_are_said_at_once(capsys):
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(lambda: train_module.main(argv)) == 2
+    assert run(lambda: train_module.main([*CPU, *argv])) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and all(w in error for w in words), error
     assert not (tmp_path / "checkpoints").exists(), "nothing is made before the data is there"

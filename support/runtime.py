@@ -28,7 +28,7 @@ from support.cli import UserError, one_line
 
 # Dense bf16/fp16 FLOP/s with fp32 accumulation, from the makers' data sheets; first match counts.
 PEAK_FLOPS = [
-    (r"Laptop|Max-Q", None),  # the desktop's name, not its speed
+    (r"Laptop|Max-Q|MIG|RTX 4090 D|RTX 3090 Ti", None),  # the name of a faster or slower card, or of a whole one
     (r"B200", 2250e12),
     (r"H200 NVL", 836e12),
     (r"H200|H100 80GB HBM3|GH200", 989e12),
@@ -41,6 +41,7 @@ PEAK_FLOPS = [
     (r"RTX A6000", 155e12),
     (r"RTX 4090", 165e12),
     (r"RTX 3090", 71e12),
+    (r"V100-PCIE", 112e12),
     (r"V100", 125e12),
     (r"T4", 65e12),
 ]

@@ -1,5 +1,6 @@
 """What every test shares: one thread, no network, real data where there is some, and a tokenizer made on the spot."""
 
+import json
 import os
 from pathlib import Path
 
@@ -82,6 +83,17 @@ def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
         eval_interval=10, val_tokens=600, hellaswag_interval=0, sample_interval=20, save_interval=5, keep_last=2,
         device="cpu", dtype="float32", compile="off",
     )  # fmt: skip
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Seven HellaSwag examples, so that two ranks cannot share them evenly."""
+    path = tmp_path / "scenes.jsonl"
+    example = {"activity_label": "Cooking", "ctx_b": "the cook", "label": 1}
+    example["endings"] = ["runs away.", "stirs the soup.", "sleeps.", "sings about the moon."]
+    scenes = [f"A pot stands on stove {i}." + " It is warm." * i for i in range(7)]
+    path.write_text("".join(json.dumps(example | {"ctx_a": s, "ctx": f"{s} the cook"}) + "\n" for s in scenes))
+    return str(path)
 
 
 counts = {}  # of what the long suites did, by name

@@ -1,6 +1,5 @@
 """Many processes give the numbers of one, and each of them may die, hang, disagree or be told to stop."""
 
-import json
 import os
 import re
 import shutil
@@ -53,17 +52,6 @@ def assert_same_to_rounding(config, reference):
 def plain(toy):
     """Without dropout, whose masks follow the rank, so that worlds can be compared."""
     return replace(toy, dropout=0.0, batch_size=2, save_interval=10, max_steps=30, keep_last=9)
-
-
-@pytest.fixture
-def scenes(tmp_path):
-    """Seven HellaSwag examples, so that two ranks cannot share them evenly."""
-    path = tmp_path / "scenes.jsonl"
-    example = {"activity_label": "Cooking", "ctx_b": "the cook", "label": 1}
-    example["endings"] = ["runs away.", "stirs the soup.", "sleeps.", "sings about the moon."]
-    scenes = [f"A pot stands on stove {i}." + " It is warm." * i for i in range(7)]
-    path.write_text("".join(json.dumps(example | {"ctx_a": s, "ctx": f"{s} the cook"}) + "\n" for s in scenes))
-    return str(path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -225,21 +225,6 @@ def test_accumulation_changes_losses_only_by_rounding(toy, batch_size):
     assert vals(other)[25] == pytest.approx(vals(plain)[25], abs=1e-5)
 
 
-def test_two_processes_give_the_losses_of_one(toy):
-    """Two gloo ranks: same batches, same losses to rounding, one set of files."""
-    plain = replace(toy, dropout=0.0, max_steps=25, batch_size=2)
-    one = replace(plain, run_name="one")
-    train(one)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = start(plain, *launcher)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    assert [row[4] for row in trace(plain)] == [row[4] for row in trace(one)], "same batches"
-    assert losses(plain) == pytest.approx(losses(one), abs=1e-5)
-    assert vals(plain)[25] == pytest.approx(vals(one)[25], abs=1e-5)
-    assert output.count("validation loss 6.") == 1, "only one rank speaks"
-
-
 def test_loss_is_the_mean_over_the_whole_global_batch(toy):
     """The first step's loss, recomputed plainly from the model's logits."""
     c = replace(toy, dropout=0.0, max_steps=1)

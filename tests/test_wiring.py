@@ -1,0 +1,362 @@
+"""Every flag reaches what it names. Each test drives `train(config)` and looks at what came of it, not at a function
+alone: a flag that is read, explained and then ignored passes every other test."""
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import model as model_module
+import muon
+from data_processing_fineweb import FineWebDataLoader, FineWebDataset
+from model import GPT
+from support.cli import UserError
+from support.tracking import read_rows
+from toy import ROOT, losses, trace, vals
+from train import PRESETS, lr_at, problems, train
+
+# --- presets
+
+
+@pytest.mark.parametrize(
+    "name, figures",
+    [
+        ("gpt2-124m", dict(optimizer="adamw", lr=6e-4, last=6e-5, dropout=0.1, max_steps=152_587, tokens=65_536)),
+        ("fast-124m", dict(optimizer="muon", lr=2.4e-3, last=2.4e-4, dropout=0.0, max_steps=76_294, tokens=65_536)),
+        ("demo", dict(optimizer="muon", lr=1e-2, last=2.5e-4, dropout=0.0, max_steps=600, tokens=2048)),
+    ],
+)
+def test_a_preset_is_the_published_one(name, figures):
+    """A digit that slips in a preset spoils a run of days, and no other test trains with it."""
+    c = PRESETS[name]
+    last, peak = lr_at(c.max_steps - 1, c), max(lr_at(step, c) for step in range(0, c.max_steps // 10))
+    found = {key: getattr(c, key) for key in figures if hasattr(c, key)}
+    assert found | dict(lr=peak, last=last, tokens=c.total_batch_tokens) == pytest.approx(figures)
+    assert (c.weight_decay, c.beta2, c.grad_clip, c.warmup_frac, c.norm, c.bias, c.rope_theta) == (
+        0.1, 0.95, 1.0, 0.06, "layernorm", False, 10_000)  # fmt: skip
+    assert not problems(c)
+
+
+def test_a_124m_preset_is_the_124m_model():
+    for name in ("gpt2-124m", "fast-124m"):
+        config = PRESETS[name].model_config(50_257)
+        assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (12, 12, 768, 1024)
+        assert (config.vocab_size, config.valid_vocab_size) == (50_304, 50_257)
+
+
+# --- the optimizer
+
+OPTIMIZER = dict(weight_decay=0.7, beta2=0.8, grad_clip=0.3, lr=5e-3, min_lr=1e-3, warmup_frac=0.3)
+STEPS = 5
+
+
+def plain_run(c, clip):
+    """The first STEPS steps written with torch alone: (the model after them, losses, gradient norms)."""
+    torch.manual_seed(c.seed)
+    model = GPT(c.model_config(512))
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    if c.optimizer == "adamw":
+        groups = [{"params": matrices, "weight_decay": 0.7}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.8), eps=1e-8)
+    else:  # whose own steps are compared with torch's in test_muon.py
+        optimizer = muon.Muon(model.parameter_groups(0.7), lr=5e-3, betas=(0.9, 0.8), eps=1e-8)
+    data = FineWebDataset(c.data_dir, c.block_size, "train", 512)
+    loader = FineWebDataLoader(data, 8, 8, c.seed)
+    found_losses, norms = [], []
+    for step in range(STEPS):
+        x, y = (torch.from_numpy(a) for a in data.rows(loader.windows(8 * step)))
+        loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+        for p in model.parameters():
+            p.grad *= min(1.0, clip / (float(norm) + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, c)
+        optimizer.step()
+        found_losses.append(float(loss))
+        norms.append(float(norm))
+    return model, found_losses, norms
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("clip", [0.3, 0.0])
+def test_training_steps_are_those_of_plain_torch(toy, optimizer, clip):
+    """Bugs: --grad_clip, --beta2, --weight_decay, --optimizer or --lr read and ignored; decay on norms; a learning
+    rate that reaches one group only; the gradient divided once too often."""
+    c = replace(toy, dropout=0.0, optimizer=optimizer, max_steps=STEPS, bias=True, **OPTIMIZER | {"grad_clip": clip})
+    train(c)
+    expected, expected_losses, norms = plain_run(c, clip or math.inf)
+    rows = [row for row in read_rows(c.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    assert min(norms) > 0.5 > clip, "so that clipping changes every step"
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-4)
+    assert losses(c) == pytest.approx(expected_losses, abs=1e-5)
+    found = checkpoint.load_model(c.run_dir)[0].state_dict()
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- checks and modes
+
+
+def test_training_shards_do_not_validate(toy, tmp_path):
+    """Validated on what it was trained on, a model looks better the more it remembers."""
+    with pytest.raises(UserError, match="also a training shard"):
+        train(replace(toy, val_data_dir=toy.data_dir))
+    assert not toy.run_dir.exists()
+
+
+def count_blocks(monkeypatch):
+    """The number of times that a block of the model ran while training."""
+    calls, real = [], model_module.Block.forward
+
+    def forward(self, *args, **kwargs):
+        calls.append(self.training)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(model_module.Block, "forward", forward)
+    return lambda: sum(calls)
+
+
+def test_grad_checkpoint_recomputes_the_blocks_and_changes_no_number(toy, monkeypatch):
+    """The flag was read, and the memory stayed what it was."""
+    plain = replace(toy, max_steps=3)
+    count = count_blocks(monkeypatch)
+    train(plain)
+    once = count()
+    assert once == 3 * 2 * plain.n_layer, "steps x micro-steps x blocks"
+    less = replace(plain, run_name="less", grad_checkpoint=True)
+    train(less)
+    assert count() - once == 2 * once
+    assert trace(less) == trace(plain)
+
+
+def test_only_training_builds_a_graph(toy, monkeypatch, scenes):
+    """An evaluation that keeps activations runs out of memory where training does not; one in training mode drops."""
+    modes, real = set(), GPT.features
+
+    def features(self, *args, **kwargs):
+        modes.add((self.training, torch.is_grad_enabled()))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "features", features)
+    c = replace(toy, max_steps=2, sample_interval=1, eval_interval=1, hellaswag_interval=1, hellaswag_data=scenes)
+    train(c)
+    kinds = [row["kind"] for row in read_rows(c.run_dir / "metrics.jsonl")]
+    assert kinds.count("train") == 2 and {"val", "hellaswag", "sample"} <= {*kinds}
+    assert modes == {(True, True), (False, False)}
+    modes.clear()
+    train(replace(c, eval_only=True))
+    assert modes == {(False, False)}
+
+
+@pytest.mark.parametrize(
+    "flags, due",
+    [
+        (dict(eval_interval=3), {"val": [0, 3, 6, 7]}),
+        (dict(sample_interval=2), {"sample": [2, 4, 6, 7]}),
+        (dict(hellaswag_interval=4), {"hellaswag": [4, 7]}),
+    ],
+)
+def test_an_interval_says_when_and_the_last_step_counts(toy, scenes, flags, due):
+    off = dict(eval_interval=0, sample_interval=0, hellaswag_interval=0, hellaswag_data=scenes, save_interval=0)
+    c = replace(toy, max_steps=7, **off | flags)
+    train(c)
+    rows = [row for row in read_rows(c.run_dir / "metrics.jsonl") if row["kind"] != "train"]
+    assert {kind: [row["step"] for row in rows if row["kind"] == kind] for kind in {r["kind"] for r in rows}} == due
+    assert [path.name for path in checkpoint.steps(c.run_dir)] == ["step_00000007"]
+
+
+def test_save_interval_and_keep_last_say_what_is_kept(toy):
+    train(replace(toy, max_steps=7, save_interval=2, keep_last=3, eval_interval=0))
+    assert [checkpoint.step_of(path) for path in checkpoint.steps(toy.run_dir)] == [7, 6, 4]
+
+
+def test_flags_of_evaluation_reach_it(toy, scenes):
+    """--val_tokens, --hellaswag_limit, --sample_prompt: an evaluation on other text than was asked for."""
+    c = replace(toy, max_steps=1, hellaswag_interval=1, hellaswag_data=scenes, val_tokens=100, sample_interval=1)
+    train(replace(c, hellaswag_limit=3, sample_prompt="Zebra"))
+    rows = {row["kind"]: row for row in read_rows(c.run_dir / "metrics.jsonl")}
+    assert rows["val"]["targets"] == 128, "whole windows of 32 that cover 100 tokens"
+    assert rows["hellaswag"]["examples"] == 3
+    assert rows["sample"]["prompt"] == "Zebra"
+
+
+def test_no_shuffle_reads_in_stored_order(toy):
+    """The windows of the first batches, in order, told by the checksum of their tokens."""
+    c = replace(toy, no_shuffle=True, max_steps=3)
+    train(c)
+    x, _ = FineWebDataset(c.data_dir, 32, "train", 512).rows(list(range(24)))
+    expected = [sum(zlib.crc32(x[8 * step + r], r) for r in range(8)) for step in range(3)]
+    assert [row["checksum"] for row in read_rows(c.run_dir / "metrics.jsonl") if row["kind"] == "train"] == expected
+
+
+def test_seed_decides_weights_and_order(toy):
+    """A second seed that repeats the first makes error bars of zero."""
+    one, two = (replace(toy, run_name=f"seed{seed}", seed=seed, max_steps=2, dropout=0.0) for seed in (1, 2))
+    train(one), train(two)
+    assert vals(one)[0] != vals(two)[0], "the weights"
+    assert {row[4] for row in trace(one)}.isdisjoint(row[4] for row in trace(two)), "the order"
+
+
+# --- several processes
+
+SECOND = """
+import json, os, sys
+import torch
+import test_wiring, train
+torch.set_num_threads(1)
+for config, os.environ["MASTER_PORT"] in json.loads(sys.argv[1]):
+    print("masks", json.dumps(test_wiring.random_states(lambda: train.train(train.TrainConfig(**config)))))
+"""
+
+
+def random_states(function) -> list[int]:
+    """The state of torch's random stream whenever a micro-batch enters the model, while function() runs."""
+    states, real = [], GPT.forward
+
+    def forward(self, *args, **kwargs):
+        if self.training:
+            states.append(zlib.crc32(torch.get_rng_state().numpy().tobytes()))
+        return real(self, *args, **kwargs)
+
+    GPT.forward = forward
+    try:
+        function()
+    finally:
+        GPT.forward = real
+    return states
+
+
+def test_two_processes_give_the_losses_of_one_and_drop_others(toy, monkeypatch):
+    """Two gloo ranks, of which this process is one: same batches, same losses to rounding, one set of files. And bug:
+    a dropout seed without the micro-step or the rank, which is the same mask for several parts of one batch."""
+    plain = replace(toy, dropout=0.0, max_steps=25, batch_size=2, timeout=60.0)
+    dropping = replace(plain, run_name="dropping", dropout=0.1, max_steps=3, eval_interval=0, sample_interval=0)
+    one = replace(plain, run_name="one")
+    train(one)
+    with socket.socket() as a, socket.socket() as b:
+        a.bind(("127.0.0.1", 0)), b.bind(("127.0.0.1", 0))
+        ports = [str(s.getsockname()[1]) for s in (a, b)]  # the second run must not meet in the first one's place
+    world = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    environment = os.environ | world | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SECOND, json.dumps([(vars(plain), ports[0]), (vars(dropping), ports[1])])]
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(ROOT), str(ROOT / "tests")])
+    second = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for name, value in (world | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": ports[0]}).items():
+        monkeypatch.setenv(name, value)
+    try:
+        train(plain)
+        monkeypatch.setenv("MASTER_PORT", ports[1])
+        masks = random_states(lambda: train(dropping))
+        output, _ = second.communicate(timeout=60)
+    finally:
+        second.kill()
+    assert second.returncode == 0, output
+    assert [row[4] for row in trace(plain)] == [row[4] for row in trace(one)], "same batches"
+    assert losses(plain) == pytest.approx(losses(one), abs=1e-5)
+    assert vals(plain) == pytest.approx(vals(one), abs=1e-5)
+    assert "loss" not in output, "only one rank speaks"
+    masks += json.loads(re.findall("^masks (.*)$", output, re.M)[1])
+    assert len(masks) == len({*masks}) == 3 * 2 * 2, "steps x micro-steps x ranks"
+
+
+# --- trackers
+
+
+class Stub:
+    """The part of wandb's and trackio's interface that is used; notes the calls, and fails where it is told to."""
+
+    def __init__(self, fails_at=None):
+        self.calls, self.fails_at = [], fails_at
+        self.Table, self.Settings = (lambda columns, data: [columns, *data]), dict
+
+    def init(self, *args, **kwargs):
+        self.calls.append(("init", args, kwargs))
+        return self
+
+    def login(self, prompt):
+        return True
+
+    def define_metric(self, *args, **kwargs):
+        self.calls.append(("define_metric", args, kwargs))
+
+    def log(self, values, step=None):
+        self.calls.append(("log", values, step))
+        if self.fails_at == len(self.rows()):
+            raise ConnectionError("no such host")
+
+    def finish(self):
+        self.calls.append(("finish",))
+
+    def rows(self):
+        """The values of each row, its step among them."""
+        return [c[1] | ({} if c[2] is None else {"step": c[2]}) for c in self.calls if c[0] == "log"]
+
+
+@pytest.fixture
+def stub(monkeypatch, toy):
+    """stub(library, ...) puts a stand-in where the library is imported from."""
+
+    def place(library, **how):
+        stand_in = Stub(**how)
+        monkeypatch.setitem(sys.modules, library, stand_in)
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        return stand_in
+
+    return place
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_a_tracker_gets_every_row_by_its_own_step(toy, stub, library):
+    """wandb counts steps by itself and drops what comes with a lower one, as after a resume."""
+    seen = stub(library)
+    train(replace(toy, tracker=library, max_steps=4, eval_interval=2, sample_interval=4))
+    if library == "wandb":
+        assert ("define_metric", ("*",), {"step_metric": "step"}) in seen.calls
+    assert [row["step"] for row in seen.rows() if "train/loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in seen.rows() if "val/loss" in row] == [0, 2, 4]
+    assert [row["step"] for row in seen.rows() if "samples" in row] == [4]
+    written = {row["step"]: row for row in read_rows(toy.run_dir / "metrics.jsonl") if row["kind"] == "train"}
+    for row in seen.rows():
+        if "train/loss" in row:
+            own = written[row["step"]]
+            assert row["train/loss"] == own["loss"] and row["train/lr"] == own["lr"] and row["tokens"] == own["tokens"]
+    assert seen.calls[-1] == ("finish",)
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+@pytest.mark.parametrize("fails_at", [1, 4])
+def test_a_tracker_that_fails_in_the_midst_costs_one_warning(toy, stub, capsys, library, fails_at):
+    """Bugs: the failing row swallowed without a word; a warning for each row that follows; a run that stops."""
+    seen = stub(library, fails_at=fails_at)
+    train(replace(toy, tracker=library, max_steps=5))
+    assert len(seen.rows()) == fails_at
+    said = capsys.readouterr().err
+    assert said.count(f"warning: {library} is off for the rest of this run (ConnectionError: no such host)") == 1, said
+    train(replace(toy, run_name="without", max_steps=5))
+    assert trace(toy) == trace(replace(toy, run_name="without"))
+
+
+# --- what the terminal shows
+
+
+def test_plain_lines_of_progress(toy, capsys):
+    """Where the output is a file or a scheduler's log: the first step, the last, and now and then one between."""
+    train(replace(toy, max_steps=30))
+    lines = re.findall(r"^step +(\d+)/30  (.*)  left (\d+:\d\d)$", capsys.readouterr().out, re.M)
+    assert [int(step) for step, _, _ in lines][:: len(lines) - 1] == [1, 30] and len(lines) < 30
+    row = [row for row in read_rows(toy.run_dir / "metrics.jsonl") if row["kind"] == "train"][-1]
+    assert lines[-1][1].startswith(f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}")
+    assert re.search(r"  [\d,]+ tok/s$", lines[-1][1]) and lines[-1][2] == "0:00"

@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from support.cli import UserError, run
 from support.runtime import keep_freed_memory
 from tokenizer import load_tokenizer
-from toy import bytes_only
+from toy import bytes_only, eventually
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,24 @@ def test_one_convention_alone(model, tokenizer):
     both, harness = (hs.score(model, tokenizer, examples, conventions=c) for c in (hs.CONVENTIONS, ["harness"]))
     np.testing.assert_allclose(harness.sums["harness"], both.sums["harness"], atol=1e-4)
     assert list(harness.choices()) == ["harness_acc", "harness_acc_norm"]
+
+
+def test_standard_errors_by_hand():
+    """Bugs: n for n - 1; the percentage for the fraction; the deviation of one example for that of the mean."""
+    sums = np.full((7, 4), -2.0)
+    sums[:, 1] = -1.0  # ending 1 is chosen throughout, and right in three of seven
+    scores = hs.Scores(np.array([1, 1, 1, 0, 0, 2, 3]), {"completion": sums}, {"completion": np.ones((7, 4))}, 2)
+    summary = scores.summary()
+    assert summary["completion_acc"] == summary["completion_acc_norm"] == pytest.approx(3 / 7)
+    for name in ("acc", "acc_norm"):
+        assert summary[f"completion_{name}_stderr"] == pytest.approx(0.202031, abs=1e-6)  # sqrt(3/7 * 4/7 / 6)
+    assert (summary["examples"], summary["truncated"]) == (7, 2)
+
+
+def test_one_example_has_no_spread():
+    """A division by n - 1 = 0, on --limit 1."""
+    scores = hs.Scores(np.array([0]), {"completion": np.zeros((1, 4))}, {"completion": np.ones((1, 4))}, 0)
+    assert scores.summary()["completion_acc_stderr"] == 0
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])
@@ -438,23 +456,41 @@ def test_the_real_file(test_data):
 BODY = b"".join(json.dumps({**GOOD, "label": i % 4}).encode() + b"\n" for i in range(20))
 
 
+ENDLESS = "endless"
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """(script, served): request number i is answered as script[i] says, the last entry for ever.
 
-    An entry is (status, body, bytes promised beyond the body, seconds of silence after it).
+    An entry is (status, body, bytes promised beyond the body, seconds of silence after it); ENDLESS goes on sending.
     """
     script, served = [], []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            status, body, missing, silence = script[min(len(served), len(script) - 1)]
+            entry = script[min(len(served), len(script) - 1)]
+            if entry is ENDLESS:
+                served.append(self.send_without_end())
+                return
+            status, body, missing, silence = entry
             served.append(status)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body) + missing))
             self.end_headers()
             self.wfile.write(body)
             threading.Event().wait(silence)
+
+        def send_without_end(self):
+            """Sends 32 MB, for a test has to end; returns how much of it was taken."""
+            self.send_response(200)
+            self.end_headers()
+            for sent in range(0, 2**25, 2**16):
+                try:
+                    self.wfile.write(b"x" * 2**16)
+                except OSError:  # the reader has left
+                    return sent
+            return 2**25
 
         def log_message(self, *args):
             pass
@@ -512,12 +548,14 @@ def test_fault_for_ever_leaves_nothing(server, tmp_path, fault):
 
 
 def test_endless_body(server, tmp_path, monkeypatch):
-    """Guards memory: reading stops, whatever length is promised."""
-    script, _ = server
-    script.append((200, BODY * 100, 0, 0))
+    """Guards memory: a body without a length and an end is read as it comes, and no further than is sensible."""
+    script, served = server
+    script.append(ENDLESS)
     monkeypatch.setattr(hs, "MAX_BYTES", 2 * len(BODY))
     with pytest.raises(UserError, match="no end after"):
         hs.download()
+    assert eventually(lambda: len(served) == hs.ATTEMPTS)
+    assert max(served) < 2**24, "all of it was taken: it would never have ended"
     assert files_below(tmp_path) == []
 
 

@@ -152,6 +152,15 @@ def test_extreme_uniforms_never_draw_what_was_ruled_out():
     assert draw(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 3
 
 
+def test_tokens_that_float32_cannot_add_up_are_drawn():
+    """In float32, 0.999999 + 1e-9 is 0.999999: of a thousand rare tokens, not one could ever be drawn."""
+    logits = torch.full((1, 1001), -math.log(1e9))
+    logits[0, 0] = 0.0
+    for u, expected in ((0.5, 0), (1 - 7.5e-7, 250), (1 - 5e-7, 500), (1 - 2.5e-7, 750)):
+        ids = inference.draw(logits, torch.tensor([u], dtype=torch.float64))
+        assert abs(int(ids[0]) - expected) <= (100 if expected else 0)
+
+
 def test_zero_and_tiny_temperatures_are_greedy_and_do_not_overflow():
     logits, u = random_logits(3, 50), torch.full((3,), 0.999, dtype=torch.float64)
     for temperature in (0.0, 1e-320, 1e-30, 1e-4):

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from toy import trace
+from toy import eventually, trace
 from train import train
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -87,13 +87,6 @@ def test_a_run_made_anew_under_its_old_name_is_another_run(toy, monkeypatch, lib
     train(replace(toy, tracker=library, max_steps=2))
     assert len(begun) == 3 and begun[0] == begun[1] and begun[1] != begun[2]
     assert "toy" in str(begun[0]), "still under its name"
-
-
-def eventually(holds, seconds=30):
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.1)
-    return holds()
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def plain_run(c, clip):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, c)
         optimizer.step()
-        found_losses.append(float(loss))
+        found_losses.append(loss.item())
         norms.append(float(norm))
     return model, found_losses, norms
 
@@ -215,10 +215,13 @@ def test_seed_decides_weights_and_order(toy):
 SECOND = """
 import json, os, sys
 import torch
+import faulthandler
 import test_wiring, train
+faulthandler.dump_traceback_later(50, exit=True)  # rather than wait for a rank that has failed
 torch.set_num_threads(1)
 for config, os.environ["MASTER_PORT"] in json.loads(sys.argv[1]):
-    print("masks", json.dumps(test_wiring.random_states(lambda: train.train(train.TrainConfig(**config)))))
+    print("masks", json.dumps(test_wiring.random_states(lambda: train.train(train.TrainConfig(**config)))), flush=True)
+os._exit(0)
 """
 
 

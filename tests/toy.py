@@ -3,6 +3,7 @@ smallest of tokenizers and models."""
 
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def wait_for_step(config, step, process):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} never came")
+
+
+def eventually(holds, seconds=30):
+    """Whether holds() becomes true in that time."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        threading.Event().wait(0.02)  # a test may have replaced time.sleep
+    return holds()
 
 
 def bytes_only():

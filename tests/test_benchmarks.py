@@ -340,6 +340,7 @@ def test_gpu_sh_stops_a_part_that_hangs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.auto  # as on the machine that it measures
 def test_gpu_sh_in_its_short_form(tmp_path):
     done = gpu_sh("--short", OUT=tmp_path, LIMIT=270)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -49,11 +49,6 @@ def blocks(text, language):
         yield text[: match.start()], match[1]
 
 
-def test_at_most_four_chapters_and_short_ones():
-    assert 1 <= len(CHAPTERS) <= 4
-    assert all(60 <= len(text.splitlines()) <= 120 for text in CHAPTERS.values())
-
-
 @every_chapter
 def test_every_name_it_links_is_defined_in_that_file(chapter):
     """A function, class, constant or test that was renamed, moved or removed."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before any import of huggingface_hub: no test reaches the network
@@ -16,6 +17,7 @@ import auto_watch  # first: it watches the import of support.runtime
 import train as train_module
 from data_processing_fineweb import ShardWriter
 from tokenizer import TextTokenizer
+from toy import finished, torchrun
 from train import TrainConfig
 
 children = [str(Path(auto_watch.__file__).parent), os.environ.get("PYTHONPATH")]
@@ -94,6 +96,22 @@ def scenes(tmp_path):
     scenes = [f"A pot stands on stove {i}." + " It is warm." * i for i in range(7)]
     path.write_text("".join(json.dumps(example | {"ctx_a": s, "ctx": f"{s} the cook"}) + "\n" for s in scenes))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def made_once():
+    """What several tests compare with, by name."""
+    return {}
+
+
+@pytest.fixture
+def whole(toy, made_once) -> TrainConfig:
+    """The toy run by two processes, undisturbed."""
+    if "whole" not in made_once:
+        config = replace(toy, run_name="whole")
+        finished(torchrun(config))
+        made_once["whole"] = config
+    return made_once["whole"]
 
 
 counts = {}  # of what the long suites did, by name

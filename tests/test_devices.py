@@ -16,22 +16,11 @@ import pytest
 
 import checkpoint
 from support.tracking import read_rows
-from toy import ROOT, as_flags, losses, start, trace, vals, wait_for_step
+from toy import ROOT, as_flags, finished, losses, torchrun, trace, vals, wait_for_step
+from train import train
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def torchrun(config, *options, processes=2, **environment):
-    """torchrun as a person would start it, in its own process group."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
-    return start(config, sys.executable, *launcher, **environment)
-
-
-def finished(process, code=0, timeout=240) -> str:
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == code, output
-    return output
 
 
 def rank_of(process, rank) -> int:
@@ -59,7 +48,7 @@ def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tal
     """Each session of a run may have another number of processes, with weights sharded or not."""
     plain = replace(plain, optimizer=optimizer, hellaswag_interval=30, hellaswag_data=scenes)
     one = replace(plain, run_name="one")
-    finished(start(one, sys.executable))
+    train(one)
     two = replace(plain, run_name="two")
     finished(torchrun(two))
     fsdp = replace(plain, run_name="fsdp", fsdp=True)
@@ -73,8 +62,7 @@ def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tal
     mixed = replace(plain, run_name="mixed")
     for kind, step in ((replace(mixed, fsdp=True), 10), (mixed, 20), (replace(mixed, fsdp=True), 30)):
         shutil.rmtree(mixed.run_dir / f"step_{step:08d}", ignore_errors=True)
-        process = start(kind, sys.executable) if not kind.fsdp else torchrun(kind)
-        finished(process)
+        finished(torchrun(kind)) if kind.fsdp else train(kind)
         for path in checkpoint.steps(mixed.run_dir):  # as if it had been stopped at this step
             if checkpoint.step_of(path) > step:
                 shutil.rmtree(path)
@@ -82,10 +70,8 @@ def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tal
     tally("worlds compared", 6)
 
 
-def test_a_rank_that_dies_is_started_again(toy, tally):
+def test_a_rank_that_dies_is_started_again(toy, whole, tally):
     """torchrun starts all ranks anew; they must find the checkpoint, and the lock that the dead have left."""
-    whole = replace(toy, run_name="whole")
-    finished(torchrun(whole))
     for config, kind in ((toy, "DDP"), (replace(toy, run_name="sharded", fsdp=True), "FSDP")):
         process = torchrun(config, "--max-restarts=1")
         wait_for_step(config, 12, process)
@@ -99,7 +85,7 @@ def test_a_rank_that_dies_is_started_again(toy, tally):
         tally("kills survived")
 
 
-def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy):
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy, whole):
     """Without a time-out a frozen machine holds all the others, for ever and silently."""
     toy = replace(toy, timeout=5.0)
     process = torchrun(toy)
@@ -116,15 +102,11 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy):
     process.communicate(timeout=120)
     assert process.returncode != 0
     finished(torchrun(toy))
-    whole = replace(toy, run_name="whole")
-    finished(torchrun(whole))
     assert trace(toy) == trace(whole)
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step(toy):
+def test_a_signal_to_one_rank_stops_all_at_one_step(toy, whole):
     """Slurm may signal one task only; the others would wait in the next reduction for ever."""
-    whole = replace(toy, run_name="whole")
-    finished(torchrun(whole))
     process = torchrun(toy)
     wait_for_step(toy, 12, process)
     os.kill(rank_of(process, 1), signal.SIGTERM)

@@ -13,8 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from test_devices import finished, torchrun
-from toy import start, trace, wait_for_step
+from toy import finished, start, trace, wait_for_step
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,17 +87,10 @@ def plug_in():
     ip("-n", NAMESPACE["a"], "link", "set", "cable", "up")
 
 
-def undisturbed(toy):
-    """The same run by two processes of one host."""
-    whole = replace(toy, run_name="whole")
-    finished(torchrun(whole))
-    return whole
-
-
-def test_two_hosts_give_the_numbers_and_the_files_of_two_processes_on_one(toy, hosts):
+def test_two_hosts_give_the_numbers_and_the_files_of_two_processes_on_one(toy, hosts, whole):
     """The network is another way to the same sums; the second host writes nothing of its own."""
     first, second = [finished(process) for process in (hosts("a", toy), hosts("b", toy))]
-    whole = undisturbed(toy)
+
     assert trace(toy) == trace(whole)
     kept = [{path.relative_to(c.run_dir) for path in c.run_dir.rglob("*")} for c in (toy, whole)]
     assert kept[0] == kept[1]
@@ -119,7 +111,7 @@ def both_leave(both):
         time.sleep(0.1)
 
 
-def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
+def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, whole, tally):
     """A pulled cable closes no connection: without a time-out both hosts would wait for ever, and silently."""
     toy = replace(toy, timeout=5.0)
     both = {host: hosts(host, toy) for host in "ab"}
@@ -133,7 +125,7 @@ def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, tally):
     both = {host: hosts(host, toy) for host in "ab"}
     assert "continued at step" in finished(both["a"])
     finished(both["b"])
-    assert trace(toy) == trace(undisturbed(toy))
+    assert trace(toy) == trace(whole)
     tally("hosts cut off survived")
 
 

@@ -3,6 +3,7 @@ smallest of tokenizers and models."""
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -44,6 +45,18 @@ def start(config, *before, process_group=None, **environment):
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, **pipes, env=env, cwd=ROOT, process_group=process_group)
+
+
+def torchrun(config, *options, processes=2, **environment):
+    """torchrun as a person would start it, in its own process group."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
+    return start(config, sys.executable, *launcher, **environment)
+
+
+def finished(process, code=0, timeout=240) -> str:
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, output
+    return output
 
 
 def wait_for_step(config, step, process):

@@ -217,6 +217,43 @@ def test_numbers_that_disagree_are_named_with_the_rank_of_each():
     runtime.Runtime(CPU, "float32").refuse_disagreement({"lr": 1})
 
 
+class OfTwo(runtime.Runtime):
+    """A rank of two, of which the other one wants to stop."""
+
+    def sum(self, *values):
+        return [float(v) + 1 for v in values]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_poll_stops_all_ranks_where_one_wants_to(rank):
+    with pytest.raises(runtime.Stopped):
+        OfTwo(CPU, "float32", rank=rank, world=2).poll()
+    runtime.Runtime(CPU, "float32").poll()
+
+
+@pytest.mark.parametrize(
+    "error, elsewhere",
+    [(UserError("no space"), SystemExit), (runtime.Stopped(), runtime.Stopped), (KeyError(1), RuntimeError)],
+)
+def test_what_fails_on_rank_0_ends_every_rank_and_is_told_once(monkeypatch, error, elsewhere):
+    """The other ranks would wait in the next reduction; or each of them prints the same line."""
+    sent = []
+
+    def fail():
+        raise error
+
+    def broadcast(box, src, device):
+        sent[:] = sent or box
+        box[:] = sent
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    with pytest.raises(type(error)) as caught:
+        runtime.Runtime(CPU, "float32", rank=0, world=2).from_main(fail)
+    assert caught.value is error
+    with pytest.raises(elsewhere):
+        runtime.Runtime(CPU, "float32", rank=1, world=2).from_main(lambda: pytest.fail("for rank 0 alone"))
+
+
 # --- signals
 
 

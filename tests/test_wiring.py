@@ -5,22 +5,30 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
+import types
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import checkpoint
+import inference
 import model as model_module
 import muon
+import train as train_module
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset
 from model import GPT
+from support import runtime, tracking
 from support.cli import UserError
+from support.files import read_json, write_json
 from support.tracking import read_rows
 from toy import ROOT, losses, trace, vals
 from train import PRESETS, lr_at, problems, train
@@ -210,6 +218,111 @@ def test_seed_decides_weights_and_order(toy):
     assert {row[4] for row in trace(one)}.isdisjoint(row[4] for row in trace(two)), "the order"
 
 
+@pytest.mark.parametrize("change", [dict(no_shuffle=True), dict(optimizer="muon"), dict(norm="rmsnorm"), dict(seed=5)])
+def test_what_makes_another_experiment_is_refused(toy, change):
+    """Half the steps of one run and half of another, under one name."""
+    train(replace(toy, max_steps=1))
+    with pytest.raises(UserError, match=f"cannot be continued with another {next(iter(change))} .was .*, now "):
+        train(replace(toy, **change))
+
+
+def test_other_data_is_refused(toy, tmp_path):
+    """Data prepared anew under the old name, one token longer or other."""
+    for name in ("data", "data_val"):
+        shutil.copytree(Path(toy.data_dir).parent / name, tmp_path / name)
+    toy = replace(toy, data_dir=str(tmp_path / "data"), max_steps=1)
+    train(toy)
+    manifest = read_json(tmp_path / "data" / "manifest.json")
+    manifest["shards"][-1]["sha256"] = "0" * 64
+    write_json(tmp_path / "data" / "manifest.json", manifest)
+    with pytest.raises(UserError, match=r"another data .was"):
+        train(replace(toy, max_steps=2))
+
+
+def test_validation_data_of_another_tokenizer_is_refused(toy, tmp_path):
+    """Its ids mean other words; the loss would be a number without sense."""
+    shutil.copytree(f"{toy.data_dir}_val", tmp_path / "other")
+    manifest = read_json(tmp_path / "other" / "manifest.json")
+    manifest["tokenizer"]["fingerprint"] = "0" * 64
+    write_json(tmp_path / "other" / "manifest.json", manifest)
+    for c in (toy, replace(toy, eval_only=True)):
+        with pytest.raises(UserError, match="other was made with tokenizer"):
+            train(replace(c, val_data_dir=str(tmp_path / "other"), max_steps=1))
+        train(replace(toy, max_steps=1))
+
+
+def test_eval_only_evaluates_the_checkpoint_that_is_named(toy):
+    """A flag that is ignored gives the newest one's number, which looks as good."""
+    train(replace(toy, max_steps=20, keep_last=9, val_tokens=64))
+    named = train(replace(toy, eval_only=True, checkpoint=str(toy.run_dir / "step_00000010"), val_tokens=64))
+    assert named["loss"] == vals(toy)[10] != vals(toy)[20]
+
+
+def test_a_sample_is_the_nucleus_presets_of_the_runs_seed(toy):
+    """64 tokens of --sample_prompt; the same command on the checkpoint gives the same text."""
+    c = replace(toy, max_steps=2, sample_interval=2, sample_prompt="print", seed=7)
+    train(c)
+    [row] = [row for row in read_rows(c.run_dir / "metrics.jsonl") if row["kind"] == "sample"]
+    model, tokenizer = checkpoint.load_model(c.run_dir)
+    assert row["text"] == inference.sample_text(model, tokenizer, "print", inference.PRESETS["nucleus"], 64, seed=7)[0]
+
+
+class Clock:
+    """Python's time module, but each look at the clock of performance takes a quarter of a second."""
+
+    now = 0.0
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def perf_counter(self):
+        self.now += 0.25
+        return self.now
+
+
+def test_rows_say_how_far_and_how_fast(toy, monkeypatch):
+    """Axes of every picture and comparison: tokens, seconds of all sessions, epochs, speed, MFU."""
+    monkeypatch.setattr(train_module, "time", Clock())
+    monkeypatch.setattr(runtime.Runtime, "peak_flops", lambda self: 1e9)
+    c = replace(toy, eval_interval=0, sample_interval=0)
+    train(replace(c, max_steps=3))
+    result = train(replace(c, max_steps=5))
+    rows = [row for row in read_rows(c.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    flops = GPT(c.model_config(512)).flops_per_token()
+    assert result["tokens"] == rows[-1]["tokens"] and len(rows) == 5
+    for step, row in enumerate(rows, 1):
+        assert (row["step"], row["tokens"], row["samples_seen"]) == (step, 256 * step, 8 * step)
+        assert row["seconds"] == 0.25 * step and row["tokens_per_second"] == 1024
+        assert row["epoch"] == round(8 * step / 163, 4) and row["mfu"] == round(1024 * flops / 1e9, 4)
+        assert row["memory"] > 2**24
+
+
+def test_rows_are_there_as_soon_as_they_are_made(toy, monkeypatch):
+    """A run that is watched from outside, or killed, keeps every step that it has told of."""
+    real, there = train_module.train_step, []
+
+    def step(*args):
+        there.append(sum(row["kind"] == "train" for row in read_rows(toy.run_dir / "metrics.jsonl")))
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "train_step", step)
+    train(replace(toy, max_steps=4))
+    assert there == [0, 1, 2, 3]
+
+
+def test_the_scale_of_float16_survives_a_restart(toy, monkeypatch):
+    """Begun anew, it overshoots and skips updates that the undisturbed run made."""
+    real = torch.amp.GradScaler
+    how = dict(init_scale=64.0, growth_interval=3, enabled=True)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real(device, **how))
+    whole = replace(toy, run_name="whole", max_steps=8)
+    train(whole)
+    for steps in (4, 8):
+        train(replace(toy, max_steps=steps))
+    scales = [read_json(c.run_dir / "step_00000008" / "state.json")["scaler"] for c in (whole, replace(toy))]
+    assert scales[0] == scales[1] and scales[0]["scale"] == 256.0
+
+
 # --- several processes
 
 SECOND = """
@@ -217,7 +330,7 @@ import json, os, sys
 import torch
 import faulthandler
 import test_wiring, train
-faulthandler.dump_traceback_later(50, exit=True)  # rather than wait for a rank that has failed
+faulthandler.dump_traceback_later(200, exit=True)  # rather than wait for a rank that has failed
 torch.set_num_threads(1)
 for config, os.environ["MASTER_PORT"] in json.loads(sys.argv[1]):
     print("masks", json.dumps(test_wiring.random_states(lambda: train.train(train.TrainConfig(**config)))), flush=True)
@@ -245,7 +358,7 @@ def random_states(function) -> list[int]:
 def test_two_processes_give_the_losses_of_one_and_drop_others(toy, monkeypatch):
     """Two gloo ranks, of which this process is one: same batches, same losses to rounding, one set of files. And bug:
     a dropout seed without the micro-step or the rank, which is the same mask for several parts of one batch."""
-    plain = replace(toy, dropout=0.0, max_steps=25, batch_size=2, timeout=60.0)
+    plain = replace(toy, dropout=0.0, max_steps=25, batch_size=2, timeout=120.0)
     dropping = replace(plain, run_name="dropping", dropout=0.1, max_steps=3, eval_interval=0, sample_interval=0)
     one = replace(plain, run_name="one")
     train(one)
@@ -263,7 +376,7 @@ def test_two_processes_give_the_losses_of_one_and_drop_others(toy, monkeypatch):
         train(plain)
         monkeypatch.setenv("MASTER_PORT", ports[1])
         masks = random_states(lambda: train(dropping))
-        output, _ = second.communicate(timeout=60)
+        output, _ = second.communicate(timeout=200)
     finally:
         second.kill()
     assert second.returncode == 0, output
@@ -340,6 +453,19 @@ def test_a_tracker_gets_every_row_by_its_own_step(toy, stub, library):
 
 
 @pytest.mark.parametrize("library", ["wandb", "trackio"])
+@pytest.mark.parametrize(
+    "flags, project, name",
+    [({}, "gpt", "toy"), (dict(wandb_project="thesis", wandb_run_name="third"), "thesis", "third")],
+)
+def test_a_tracker_is_given_project_name_and_flags(toy, stub, library, flags, project, name):
+    seen = stub(library)
+    train(replace(toy, tracker=library, max_steps=1, lr=4e-3, **flags))
+    [[_, args, kwargs]] = [call for call in seen.calls if call[0] == "init"]
+    given = dict(zip(("project", "name"), args)) | kwargs
+    assert (given["project"], given["name"], given["config"]["lr"]) == (project, name, 4e-3)
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
 @pytest.mark.parametrize("fails_at", [1, 4])
 def test_a_tracker_that_fails_in_the_midst_costs_one_warning(toy, stub, capsys, library, fails_at):
     """Bugs: the failing row swallowed without a word; a warning for each row that follows; a run that stops."""
@@ -363,3 +489,24 @@ def test_plain_lines_of_progress(toy, capsys):
     row = [row for row in read_rows(toy.run_dir / "metrics.jsonl") if row["kind"] == "train"][-1]
     assert lines[-1][1].startswith(f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:.2f}")
     assert re.search(r"  [\d,]+ tok/s$", lines[-1][1]) and lines[-1][2] == "0:00"
+
+
+def test_the_time_left_is_that_of_the_steps_left(monkeypatch, capsys):
+    """Of this session's own steps: a run that is continued has not made the earlier ones in no time."""
+    times = iter([100.0, 120.0, 120.0, 120.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(times))
+    tracking.Progress(10, 50, True).update(20, "text")
+    assert capsys.readouterr().out == "step 20/50  text  left 1:00\n"
+    assert [tracking.duration(s) for s in (0, 59.9, 61, 3600, 36_062)] == [
+        "0:00",
+        "0:59",
+        "1:01",
+        "1:00:00",
+        "10:01:02",
+    ]
+
+
+def test_speed_counts_every_device(toy):
+    """MFU of two devices against the peak of one would be twice what it is."""
+    two = types.SimpleNamespace(world=2, is_main=True, peak_flops=lambda: 1e6)
+    assert tracking.Log(toy, two, {"flops_per_token": 10}).speed(1000, 2.0) == (500, 500 * 10 / 2e6)

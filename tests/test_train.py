@@ -120,9 +120,7 @@ def test_two_undisturbed_runs_agree_and_learn(toy):
     assert vals(toy) == vals(again) and sorted(vals(toy)) == [0, 10, 20, 30, 40]
     assert result["val_loss"] == vals(toy)[40] < vals(toy)[0] - 0.7
     kept = [p.name for p in checkpoint.steps(toy.run_dir)]
-    assert kept[:2] == ["step_00000040", "step_00000035"]
-    best = read_json(toy.run_dir / "best.json")
-    assert best["loss"] == min(vals(toy)[s] for s in vals(toy) if s) and best["checkpoint"] in kept
+    assert kept == ["step_00000040", "step_00000035"]
 
 
 def test_a_run_draws_its_curves(toy, monkeypatch, capsys):

@@ -957,6 +957,16 @@ def test_manifest_and_disk_disagree(tmp_path):
     assert dataset.n_tokens == 100 and dataset.tokens(0, 100).tolist() == list(range(100))
 
 
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path):
+    """Its tokens would be trained on twice an epoch, and no count would say so."""
+    written(tmp_path, range(100))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"].append(manifest["shards"][0])
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"lists shard_000000\.npy twice"):
+        FineWebDataset(tmp_path, 4)
+
+
 def test_manifest_order_is_the_order(tmp_path):
     """Bug: shards sorted by name although the manifest lists them otherwise."""
     written(tmp_path, range(100))

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import takewhile
 
 from support.cli import UserError, flag, parse, range_problems, run  # isort: split
 
@@ -33,8 +34,8 @@ PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
 NUCLEUS_GUESSES = (1024, 8192)  # tokens that nearly always, mostly hold the nucleus; sorting 50,257 takes longest
 SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
-UNFINISHED = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
-WINDOW = 4  # tokens that decide how the next one decodes: a character has at most 4 bytes
+UNFINISHED = "\ufffd"  # decoding gives it for bytes that are not, or not yet, a character
+WINDOW = 4  # tokens that decide how the next one decodes; a character has at most 4 bytes
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ def keep_min_p(logits, min_p):
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
 
 
-def draw(logits, u):
+def sample_token(logits, u):
     """One id per row by inverse CDF: the first whose cumulative probability exceeds u (B,), in [0, 1).
 
     Summed on the CPU, in order and in float64: there the sum never decreases, so a token without
-    probability cannot be drawn, and every device draws alike. Returns (B,) on the CPU.
+    probability cannot be chosen, and every device chooses alike. Returns (B,) on the CPU.
     """
     cdf = logits.softmax(-1).cpu().double().cumsum(-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
@@ -128,7 +129,7 @@ def choose(logits, sampling, seen, u):
         logits = keep_top_p(logits, sampling.top_p)
     if sampling.min_p:
         logits = keep_min_p(logits, sampling.min_p)
-    return draw(logits, u)
+    return sample_token(logits, u)
 
 
 # ---------------------------------------------------------------------------------------
@@ -229,32 +230,54 @@ def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, sto
 
 
 class TokenDecoder:
-    """Text of a growing list of ids, each character given out once it is complete.
+    """Text of the ids that follow a prompt, each part given out once no later id can change it.
 
-    Byte-level BPE may split a character over tokens. Cut bytes decode to one U+FFFD at the end, which
-    is held back until the bytes that follow decide what it is. Only the last WINDOW ids are decoded
-    anew, so a token costs the same however long the text is: UTF-8 shows where a character begins,
-    hence what has to be known of the past lies in its last 3 bytes.
+    Prompt and continuation are decoded together, because many tokenizers drop the space before the first token of a
+    text. The text of the continuation is what follows the longest common beginning of decode(prompt) and
+    decode(prompt + continuation). Two things are held back: a U+FFFD at the end, which may be the first part of a
+    character, and what `tokenizer.unsettled` names.
+
+    Only the last WINDOW ids are decoded anew, so a token costs the same however long the text is. That is enough: a
+    decoder looks at single tokens and at whether one is the first, and UTF-8 shows within 4 bytes where a character
+    begins. What is new is found by its place, so it does not matter that the window's own beginning may be cut.
     """
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.window = tokenizer, []
+    def __init__(self, tokenizer, prompt=()):
+        self.tokenizer = tokenizer
+        self.window = [i for i in prompt if i not in tokenizer.unused]
+        self.prompt = tokenizer.decode(self.window)  # None once some text has followed it
         self.given = 0  # characters of the window's text that are out
 
     def push(self, token: int) -> str:
-        """The characters that this id completes; '' if none."""
-        text, end = self.decode([*self.window, token])
-        piece = text[self.given : end]
-        self.window = [*self.window, token][-WINDOW:]
-        self.given = self.decode(self.window)[1]
+        """The text that this id makes certain; '' if none."""
+        if token in self.tokenizer.unused:
+            return ""
+        self.window.append(token)
+        if token in self.tokenizer.unsettled:
+            return ""
+        text, end = self.decode(self.window)
+        piece = self.new(text, end)
+        if piece or self.prompt is None:
+            self.prompt, self.given = None, end
+            text, end = self.decode(self.window[-WINDOW:])
+            if text:  # else a decoder would take the next token for the first of all
+                self.window, self.given = self.window[-WINDOW:], end
         return piece
 
     def finish(self) -> str:
-        """What was held back: U+FFFD if the text ends within a character, else ''."""
-        return self.decode(self.window)[0][self.given :]
+        """What was held back, for nothing follows it."""
+        text, _ = self.decode(self.window)
+        return self.new(text, len(text))
+
+    def new(self, text, end):
+        """What of text[:end] is not out yet and is not the prompt's."""
+        if self.prompt is not None:
+            alike = (a == b for a, b in zip(self.prompt, text[:end]))
+            self.given = sum(takewhile(bool, alike))
+        return text[self.given : end]
 
     def decode(self, ids):
-        """Text, and how many of its characters no further id can change."""
+        """Text, and how many of its characters stay as they are when a character's other bytes follow."""
         text = self.tokenizer.decode(ids)
         return text, len(text) - text.endswith(UNFINISHED)
 
@@ -262,10 +285,10 @@ class TokenDecoder:
 class Sample:
     """One sample as it grows: ids in, text out, until end of text, a stop string or the length ends it."""
 
-    def __init__(self, tokenizer, stops=()):
-        self.decoder, self.eot_token, self.stops = TokenDecoder(tokenizer), tokenizer.eot_token, stops
+    def __init__(self, tokenizer, stops=(), prompt=()):  # prompt: the ids before it
+        self.decoder, self.eot_token, self.stops = TokenDecoder(tokenizer, prompt), tokenizer.eot_token, stops
         self.held = ""  # text that may turn out to be the beginning of a stop string
-        self.text, self.tokens = "", 0  # tokens: ids drawn, without the end of text
+        self.text, self.tokens = "", 0  # tokens: their number, without the end of text
         self.finish_reason = None  # "end_of_text", "stop" or "length"
 
     def push(self, token: int) -> str:
@@ -296,7 +319,7 @@ class Sample:
         return text
 
 
-def grow(samples, model, tokens, sampling, max_new_tokens, seed):
+def stream_text(samples, model, tokens, sampling, max_new_tokens, seed):
     """Generates until each of the samples is finished; yields each step's new text, [str] * len(samples)."""
     ids = generate(model, tokens, sampling, max_new_tokens, len(samples), seed, samples[0].eot_token)
     with contextlib.closing(ids):  # stop strings may end it early: the model gets its mode back at once
@@ -311,8 +334,9 @@ def sample_text(model, tokenizer, prompt, sampling, max_new_tokens, num_samples=
     """Continuations of the prompt, without the prompt itself. Leaves the model's mode and torch's
     random stream as they were. What `poll`, called after each token, raises ends it.
     Raises ValueError where the prompt exceeds block_size tokens."""
-    samples = [Sample(tokenizer) for _ in range(num_samples)]
-    for _ in grow(samples, model, tokenizer.encode(prompt), sampling, max_new_tokens, seed):
+    tokens = tokenizer.encode(prompt)
+    samples = [Sample(tokenizer, prompt=tokens) for _ in range(num_samples)]
+    for _ in stream_text(samples, model, tokens, sampling, max_new_tokens, seed):
         if poll is not None:
             poll()
     return [s.text for s in samples]
@@ -434,13 +458,13 @@ def presets_of(c: InferenceConfig) -> dict:
     return {name: replace(PRESETS[name], **given) for name in (PRESETS if c.preset == "all" else [c.preset])}
 
 
-def write(text):
+def show(text):
     """To stdout at once, as UTF-8. ReaderLeft where nobody reads it: then there is no reason to go on."""
     print(text, end="", flush=True)
     refuse_unread()
 
 
-def fit(tokens, limit, truncate_left):
+def cut_prompt(tokens, limit, truncate_left):
     """The prompt's ids if the context holds them, or their last `limit`. Raises UserError."""
     cut = len(tokens) - limit
     if cut <= 0:
@@ -453,26 +477,26 @@ def fit(tokens, limit, truncate_left):
 
 def complete(model, tokenizer, prompt, presets, args):
     """Continues one prompt under each preset, and prints. Raises UserError for a prompt that is too long."""
-    tokens = fit(tokenizer.encode(prompt), model.config.block_size, args.truncate_left)
+    tokens = cut_prompt(tokenizer.encode(prompt), model.config.block_size, args.truncate_left)
     many = args.num_samples > 1
     streamed, titled = not (many or args.json), not args.json and (many or len(presets) > 1)
     before = "" if args.interactive else prompt  # a typed line is already on the screen
     for name, sampling in presets.items():
-        write((f"=== {name} ({sampling}) ===\n" if titled else "") + (before if streamed else ""))
-        samples = [Sample(tokenizer, args.stop) for _ in range(args.num_samples)]
+        show((f"=== {name} ({sampling}) ===\n" if titled else "") + (before if streamed else ""))
+        samples = [Sample(tokenizer, args.stop, tokens) for _ in range(args.num_samples)]
         start, first = time.perf_counter(), None
-        for pieces in grow(samples, model, tokens, sampling, args.max_new_tokens, args.seed):
+        for pieces in stream_text(samples, model, tokens, sampling, args.max_new_tokens, args.seed):
             first = first or time.perf_counter() - start
-            write(pieces[0] if streamed else "")
+            show(pieces[0] if streamed else "")
         seconds = time.perf_counter() - start
-        write("\n" if streamed else "")
+        show("\n" if streamed else "")
         for i, sample in enumerate(samples):
             if args.json:
                 row = {"preset": name, "sample": i, "seed": args.seed, "prompt": prompt, "text": sample.text}
                 row |= {"tokens": sample.tokens, "finish_reason": sample.finish_reason}
-                write(json.dumps(row | {"tokens_per_second": round(sample.tokens / seconds, 1)}) + "\n")
+                show(json.dumps(row | {"tokens_per_second": round(sample.tokens / seconds, 1)}) + "\n")
             elif many:
-                write(f"--- sample {i + 1} of {len(samples)} ---\n{before}{sample.text}\n")
+                show(f"--- sample {i + 1} of {len(samples)} ---\n{before}{sample.text}\n")
         count = sum(s.tokens for s in samples)
         rate = f"{count} tokens, {count / seconds:.1f} tokens/s, first after {first * 1000:.0f} ms"
         print(f"{name}: {rate}", file=sys.stderr)
@@ -484,7 +508,7 @@ def converse(model, tokenizer, presets, args):
         try:
             complete(model, tokenizer, input("" if args.json else "> "), presets, args)
         except EOFError:
-            return write("" if args.json else "\n")
+            return show("" if args.json else "\n")
         except UserError as error:  # one bad line is no reason to load the model anew
             print(f"error: {error}", file=sys.stderr)
 

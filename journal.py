@@ -19,7 +19,7 @@ from data_processing_fineweb import MANIFEST, UNFINISHED_SHARD, ShardWriter, fin
 from engines import DIGEST_BYTES
 from support.cli import UserError
 from support.files import UNFINISHED, locked, read_json, write_json
-from tokenizer import FILE
+from tokenizer import CONFIG, FILE
 
 REASONS = ("none", "empty", "whitespace", "language", "no_score", "low_score", "duplicate")  # why a row is skipped
 JOURNAL, JOURNAL_VERSION, JOURNAL_SECONDS = ".journal.json", 1, 10  # the last is what a crash costs
@@ -222,7 +222,7 @@ def leftovers(directory, split) -> list[Path]:
     ours = re.compile(rf"{whole}|{more}|\.({whole})\.\d+{re.escape(UNFINISHED)}")
     found, saved = [p for p in directory.iterdir() if p.name != "tokenizer"], directory / "tokenizer"
     foreign = [p.name for p in found if not ours.fullmatch(p.name) or not p.is_file()]
-    foreign += [p.name for p in (saved.iterdir() if saved.is_dir() else ()) if p.name != FILE]
+    foreign += [p.name for p in (saved.iterdir() if saved.is_dir() else ()) if p.name not in (FILE, CONFIG)]
     if foreign:
         there = ", ".join(sorted(foreign)[:5])
         raise UserError(f"{directory}: holds files that this script did not write ({there}); name another --out_dir")

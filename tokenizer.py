@@ -1,18 +1,21 @@
 """Text to token ids and back: the one file that knows tokenizers.
 
-GPT-2's byte-level BPE by default, or any tokenizer.json. Text is only text: a literal
-"<|endoftext|>" inside a document is split like any other characters and never becomes the
-marker that separates documents.
+    tokenizer = load_tokenizer("gpt2")               # from the Hugging Face hub, or its cache
+    tokenizer = load_tokenizer("my_tokenizer/")      # a folder with tokenizer.json, or vocab.json and merges.txt
+    ids = tokenizer.encode("Once upon a time")
+    text = tokenizer.decode(ids)
 
-Notable: two ways to the same ids. `tokenizers` reads every tokenizer.json, and what it gives is the
-definition; for a vocabulary of GPT-2's kind tiktoken gives the same ids about eight times as fast.
-`tiktoken_of` says when the two are equal, and why.
+Text is only text: a literal "<|endoftext|>" inside a document is split like any other characters and never
+becomes the marker that separates documents.
+
+`tokenizers` reads every tokenizer.json, and its ids are the definition. For GPT-2's own vocabulary tiktoken gives
+the same ids about eight times as fast (a test compares them), so whole corpora are encoded with it.
 """
 
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -22,31 +25,51 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from support.cli import UserError
 
 FILE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"  # its eos_token says which token ends a text; transformers reads it too
 GPT2_FILES = ("vocab.json", "merges.txt")
-END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # the first one present
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # the first one present, if none is named
 
-# GPT-2's words. All but the lookahead is in one group, which the regex engine runs as one automaton: 1.7 times as fast
-# as tiktoken's own form of the same pattern.
-WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
+# Of GPT-2's own tokenizer: the fingerprint, and how it cuts text into words. All of the pattern but the lookahead is
+# in one group, which the regex engine runs as one automaton: 1.7 times as fast as tiktoken's own form of it.
+GPT2 = "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"
+GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
+
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # of a byte fallback (SentencePiece, Llama)
+KEEP_TEXT = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}  # pre-tokenizers; but see `token_bytes`
+BY_TOKEN = {"ByteLevel", "ByteFallback", "BPEDecoder", "CTC", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 
 
 class TextTokenizer:
-    """encode, decode, and what others need to know of a vocabulary."""
+    """encode, decode, and what others need to know of a vocabulary.
 
-    def __init__(self, backend: Tokenizer, name: str):
+    name         where it came from, for messages
+    eot_token    id of the marker that ends a text (__init__ takes its name; default: the first of END_OF_TEXT)
+    vocab_size   the largest id + 1
+    unused       ids below vocab_size that no token has
+    unk_token    id that stands for characters without a token of their own. None where every byte has a token, or where
+                 the library refuses such characters. Who encodes a corpus counts this id: so much text was lost
+
+    What a tokenizer changes on purpose (upper case, accents, spaces) is its definition and not counted as lost.
+    A vocabulary from which characters would vanish without any id is refused by `load_tokenizer`.
+    """
+
+    def __init__(self, backend: Tokenizer, name: str, eot_token: str | None = None):
         backend.encode_special_tokens = True  # special tokens in the text are text
         backend.no_truncation()
         backend.no_padding()
         self.backend, self.name = backend, name
-        present = [t for t in END_OF_TEXT if backend.token_to_id(t) is not None]
+        known = END_OF_TEXT if eot_token is None else (eot_token,)
+        present = [t for t in known if backend.token_to_id(t) is not None]
         if not present:
-            raise UserError(f"{name}: no end-of-text token; expected one of {', '.join(END_OF_TEXT)}")
+            another = "; --eot_token names another" if eot_token is None else ""
+            raise UserError(f"{name}: no end-of-text token; expected one of {', '.join(known)}{another}")
         self.eot_token = backend.token_to_id(present[0])
         backend.add_special_tokens([AddedToken(present[0], special=True, normalized=False)])  # if the file forgot to
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids) + 1
         if self.vocab_size > 2 * len(ids) + 1024:  # tables and models have a row for each id, used or not
             raise UserError(f"{name}: {len(ids):,} tokens, but one has the id {max(ids):,}; expected ids without gaps")
+        self.unused = frozenset(range(self.vocab_size)) - frozenset(ids)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, with nothing added before or after."""
@@ -56,41 +79,129 @@ class TextTokenizer:
         """As `encode`, for many; half a surrogate pair, which is not text, becomes U+FFFD as in tiktoken."""
         texts = [replace_surrogates(text) for text in texts]
         with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
-            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            batch = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [self.without_marker(text) if self.eot_token in ids else ids for text, ids in zip(texts, batch)]
+
+    def without_marker(self, text: str) -> list[int]:
+        """Ids of a text in which the marker's own characters became the marker, as where a Unigram model lists it among
+        its words. Each such place is cut in two, and the parts are encoded one by one. UserError where that is no help.
+        """
+        marker = self.backend.id_to_token(self.eot_token)
+        parts = [marker[1:] + part + marker[:1] for part in text.split(marker)]
+        parts[0], parts[-1] = parts[0][len(marker) - 1 :], parts[-1][:-1]
+        ids = [i for part in parts for i in self.backend.encode(part, add_special_tokens=False).ids]
+        if self.eot_token in ids:
+            raise UserError(f"tokenizer {self.name!r} turns text into its end-of-text token {marker!r}; name another")
+        return ids
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora, fast and small in memory."""
+        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora. GPT-2's own vocabulary goes the
+        fast way, which is small in memory too."""
         if self.fast is None:
             return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
         return [self.encode_fast(text) for text in texts]
 
-    @cached_property
-    def fast(self):
-        """`tiktoken_of` this tokenizer, made when it is first asked for: it takes a quarter of a second."""
-        return tiktoken_of(self.backend)
-
     def encode_fast(self, text: str) -> np.ndarray:
-        encoding, ids = self.fast
         with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
             try:
-                return ids[encoding.encode_to_numpy(replace_surrogates(text), disallowed_special=())]
+                return self.fast.encode_to_numpy(replace_surrogates(text), disallowed_special=())
             except ValueError:  # a million spaces in a row overflow the stack of its regex engine
                 return np.array(self.encode(text), np.uint32)
+
+    @cached_property
+    def fast(self):
+        """tiktoken's encoder if this is GPT-2's own tokenizer, else None. Made when it is first asked for: it takes a
+        quarter of a second."""
+        if self.fingerprint() != GPT2 or not splits_as_gpt2(self.backend):
+            return None
+        import tiktoken
+
+        byte, marker = byte_characters(), self.backend.id_to_token(self.eot_token)
+        ranks = self.backend.get_vocab(with_added_tokens=False).items()  # an id is also the rank of its merge
+        ranks = {bytes(byte[c] for c in token): i for token, i in ranks if token != marker}
+        special = {marker: self.eot_token}  # never given out; without one tiktoken is half as fast
+        return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
 
     def decode(self, ids) -> str:
         """The text of the ids, markers included; bytes that are not UTF-8 become U+FFFD."""
         with failing_in_one_line(f"tokenizer {self.name!r} cannot decode these ids"):
             return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    @cached_property
+    def contents(self) -> dict:
+        """What tokenizer.json holds."""
+        return json.loads(self.backend.to_str())
+
+    @cached_property
+    def unsettled(self):
+        """The ids after which the text so far may still change, whatever comes next; a set or a range.
+
+        Byte tokens of a byte fallback: the library decodes a run of them as a whole, so that one byte that does not
+        fit turns all of the run into U+FFFD. And every id, if the decoder joins the tokens and then changes the text.
+        A U+FFFD at the end of a text may change too, after any id: it can be the first part of a character."""
+        found, joined = frozenset(), False
+        for step in steps(self.contents["decoder"]):
+            kind = step["type"]
+            local = kind in ("Fuse", "Strip") or (kind == "Replace" and len(step["pattern"].get("String", "")) == 1)
+            if kind not in BY_TOKEN or (joined and not local):
+                return range(self.vocab_size)
+            joined = joined or kind in ("Fuse", "ByteLevel")
+            if kind == "ByteFallback":
+                vocab = self.backend.get_vocab(with_added_tokens=True).items()
+                found = frozenset(i for t, i in vocab if len(t) == 6 and t.startswith("<0x") and t.endswith(">"))
+        return found
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether each of the 256 bytes has a token of its own, so that every text has its ids."""
+        model = self.contents["model"]
+        if model["type"] == "BPE" and any(
+            step["type"] == "ByteLevel" for step in steps(self.contents["pre_tokenizer"])
+        ):
+            before, after = {"", model["continuing_subword_prefix"] or ""}, {"", model["end_of_word_suffix"] or ""}
+            needed = [b + character + a for character in byte_characters() for b in before for a in after]
+        else:
+            needed = BYTE_TOKENS if model.get("byte_fallback") else [""]
+        return all(self.backend.model.token_to_id(token) is not None for token in needed)
+
+    @cached_property
+    def unk_token(self) -> int | None:
+        model = self.contents["model"]
+        if self.lossless:
+            return None
+        return (
+            model["unk_id"] if model["type"] == "Unigram" else self.backend.model.token_to_id(model["unk_token"] or "")
+        )
+
+    def refuse_silent_loss(self):
+        """UserError where characters would vanish from a text without any id, or become the marker."""
+        vanish = self.contents["model"]["type"] == "BPE" and self.contents["model"]["unk_token"] is None
+        if self.lossless or not (vanish or self.unk_token == self.eot_token):
+            return
+        raise UserError(
+            f"{self.name}: not every byte has a token, and what has none would "
+            f"{'vanish from the text' if vanish else 'become the end-of-text token'}; expected a token for each of the "
+            "256 bytes (initial_alphabet or byte_fallback of the trainer), or an unk_token of its own"
+        )
+
     def token_bytes(self) -> list[int] | None:
-        """Bytes of text that each id stands for, 0 for markers; None if the BPE is not byte-level."""
-        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+        """Bytes of text that each id stands for, 0 for markers; over a text's ids they add up to its size in UTF-8.
+
+        None unless that holds for every text: the BPE must be byte-level and know each byte, and nothing may change
+        the text before (lower case, Unicode forms, a space put before it, spaces dropped or swallowed by a token)."""
+        before, model = steps(self.contents["pre_tokenizer"]), self.contents["model"]
+        keep = all(step["type"] in KEEP_TEXT and step.get("behavior") != "Removed" for step in before)
+        added = self.backend.get_added_tokens_decoder()
+        changes = self.contents["normalizer"] or any(step.get("add_prefix_space") for step in before)
+        changes = changes or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        changes = changes or any((t.lstrip or t.rstrip) and not t.special for t in added.values())
+        if changes or not keep or not self.lossless or not any(step["type"] == "ByteLevel" for step in before):
             return None
         sizes = [0] * self.vocab_size
         for token, i in self.backend.get_vocab(with_added_tokens=False).items():
             sizes[i] = len(token)  # a byte-level BPE writes each byte as one character
-        for i in self.backend.get_added_tokens_decoder():
-            sizes[i] = 0
+        for i, token in added.items():  # one that is not special is looked for in the text, before the BPE
+            sizes[i] = 0 if token.special else len(token.content.encode())
         return sizes
 
     def fingerprint(self) -> str:
@@ -99,14 +210,25 @@ class TextTokenizer:
 
     @cached_property  # a fifth of a second for GPT-2, and asked for again and again
     def _fingerprint(self):
-        merges = json.loads(self.backend.to_str())["model"].get("merges") or []
+        merges = self.contents["model"].get("merges") or []
         merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
         vocab = sorted(self.backend.get_vocab(with_added_tokens=True).items())
         return hashlib.sha256(json.dumps([vocab, merges, self.eot_token]).encode()).hexdigest()
 
     def save(self, directory):
-        """Writes tokenizer.json; `load_tokenizer(directory)` gives this tokenizer back."""
+        """Writes tokenizer.json, and tokenizer_config.json, which names the marker; `load_tokenizer(directory)` gives
+        this tokenizer back."""
         Path(directory, FILE).write_text(self.backend.to_str(), encoding="utf-8")
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.backend.id_to_token(self.eot_token)}
+        Path(directory, CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def steps(part) -> list[dict]:
+    """The steps of a normalizer, pre-tokenizer or decoder of a tokenizer.json, in their order."""
+    if part is None:
+        return []
+    inner = next((part[key] for key in ("normalizers", "pretokenizers", "decoders") if key in part), None)
+    return [part] if inner is None else [step for each in inner for step in steps(each)]
 
 
 @contextmanager
@@ -130,52 +252,13 @@ def replace_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def tiktoken_of(backend: Tokenizer):
-    """(tiktoken's encoder, id of each of its ranks as an array), or None where it could give other ids than `backend`.
-
-    They differ in one rule: `tokenizers` merges the listed pairs of neighbours, in the order of the list; tiktoken
-    merges any two neighbours whose bytes together are a token, the earliest token first. The ids are the same if
-      1. words are split in GPT-2's way, and merges alone decide what becomes of a word (`is_gpt2_like`),
-      2. each merge joins bytes or results of earlier merges, and no two give the same token,
-      3. each token is what its own text is encoded to.
-    Why: by 2 each merge only makes parts for later ones, so they take place in the order of the list. Take two
-    neighbours x and y whose bytes are those of a token t. No merge has crossed the ends of that stretch, so it is in
-    the state it would be in as a text of its own; and by 3 such a text is, when t's turn comes, in the two parts of
-    t's listed merge, and afterwards t. If x and y are not these parts, t's turn is still to come, and before it comes
-    x or y must merge with a neighbour outside. So tiktoken, too, merges nothing but the listed pairs.
-    """
-    import tiktoken
-
-    contents = json.loads(backend.to_str())
-    if not is_gpt2_like(contents):
-        return None
-    byte, vocab, model = byte_characters(), contents["model"]["vocab"], backend.model
-    tokens = dict.fromkeys(byte)  # in the order of their ranks
-    for a, b in contents["model"]["merges"]:
-        if a not in tokens or b not in tokens or a + b in tokens:
-            return None
-        tokens[a + b] = None
-    if not tokens.keys() <= vocab.keys() or any([t.id for t in model.tokenize(t)] != [vocab[t]] for t in tokens):
-        return None
-    ranks = {bytes(byte[c] for c in token): rank for rank, token in enumerate(tokens)}
-    marker = {END_OF_TEXT[0]: len(ranks)}  # never given out; without one tiktoken is half as fast
-    encoding = tiktoken.Encoding("of tokenizer.json", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=marker)
-    return encoding, np.array([vocab[token] for token in tokens], np.uint32)
-
-
-def is_gpt2_like(contents: dict) -> bool:
-    """Whether a tokenizer.json splits words as GPT-2 does, changes no text before, and only merges within words."""
-    words, model = contents["pre_tokenizer"] or {}, contents["model"]
-    return (
-        contents["normalizer"] is None
-        and all(token["special"] for token in contents["added_tokens"])  # the others would be found in the text
-        and words.get("type") == "ByteLevel"
-        and words["use_regex"]
-        and not words["add_prefix_space"]
-        and model["type"] == "BPE"
-        and not any(model[key] for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
-        and not model["ignore_merges"]
-    )
+def splits_as_gpt2(backend: Tokenizer) -> bool:
+    """Whether it cuts words as GPT-2 does, changes no text before, and only merges within words: what the fingerprint
+    does not say."""
+    words, model = backend.pre_tokenizer, backend.model
+    others = (model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix, model.ignore_merges)
+    plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
+    return plain and backend.normalizer is None and not any(others)
 
 
 def byte_characters() -> dict[str, int]:
@@ -186,11 +269,12 @@ def byte_characters() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:
+def load_tokenizer(name_or_path: str | os.PathLike = "gpt2", eot_token: str | None = None) -> TextTokenizer:
     """A folder or file on disk if there is one of that name, else a model on the Hugging Face hub.
 
     A folder holds tokenizer.json, or GPT-2's vocab.json and merges.txt. From the hub (fetched
-    once, then served from its cache) comes tokenizer.json. Raises UserError.
+    once, then served from its cache) comes tokenizer.json. The token that ends a text is `eot_token` if given, else
+    the eos_token of a tokenizer_config.json beside it, else the first one present of END_OF_TEXT. Raises UserError.
     """
     path, name = Path(name_or_path), Path(name_or_path).name
     if os.path.isfile(path / FILE):  # os.path's tests are False, not errors, for a name no file can have
@@ -198,22 +282,40 @@ def load_tokenizer(name_or_path: str | os.PathLike = "gpt2") -> TextTokenizer:
     elif os.path.isdir(path) and not all((path / f).is_file() for f in GPT2_FILES):
         raise UserError(f"{path}: found neither {FILE} nor {' and '.join(GPT2_FILES)} in it")
     elif not os.path.exists(path):
-        path, name = Path(download(str(name_or_path))), str(name_or_path)
+        path, name = Path(fetch_from_hub(str(name_or_path))), str(name_or_path)
     with failing_in_one_line(f"{path}: not a tokenizer that can be read"):
         if path.is_dir():
-            return TextTokenizer(byte_level_bpe(*(str(path / f) for f in GPT2_FILES)), "gpt2")
-        return TextTokenizer(Tokenizer.from_file(str(path)), name)
+            backend, name = byte_level_bpe(*(str(path / f) for f in GPT2_FILES)), "gpt2"
+        else:
+            backend = Tokenizer.from_file(str(path))
+        tokenizer = TextTokenizer(backend, name, eot_token or named_marker(path, backend))
+        tokenizer.refuse_silent_loss()
+    return tokenizer
 
 
-def download(name: str) -> str:
-    """Path of the hub model's tokenizer.json in the local cache; fetches it the first time."""
+def named_marker(path: Path, backend: Tokenizer) -> str | None:
+    """The eos_token of the tokenizer_config.json in a folder or beside a tokenizer.json; None if there is none."""
+    config = path / CONFIG if path.is_dir() else path.with_name(CONFIG)
+    if not config.is_file() or (path.is_file() and path.name != FILE):
+        return None
+    with failing_in_one_line(f"{config}: cannot be read"):
+        token = json.loads(config.read_bytes()).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token  # older versions write all its settings
+    return token if isinstance(token, str) and backend.token_to_id(token) is not None else None
+
+
+def fetch_from_hub(name: str) -> str:
+    """Path of the hub model's tokenizer.json in the local cache, its tokenizer_config.json beside it; fetches them the
+    first time. The configuration comes first: where tokenizer.json is, nothing is missing."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     try:
         try:
             return hf_hub_download(name, FILE, local_files_only=True)  # no network once it is here
         except LocalEntryNotFoundError:
+            with suppress(RemoteEntryNotFoundError):  # not every model has one
+                hf_hub_download(name, CONFIG)
             return hf_hub_download(name, FILE)
     except HFValidationError as error:
         raise UserError(f"tokenizer {name!r}: no such file or folder, and not a name on the hub") from error

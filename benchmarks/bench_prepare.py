@@ -38,7 +38,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 import numpy as np
 
 from prepare_fineweb import cores
-from tokenizer import load_tokenizer
+from tokenizer import byte_characters, load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"
 BATCH = 256  # documents in a call of transformers
@@ -57,10 +57,11 @@ def time_tiktoken(files, column, folder):
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    fast = load_tokenizer(folder).fast
-    if fast is None:
+    tokenizer, byte = load_tokenizer(folder), byte_characters()
+    if tokenizer.token_bytes() is None:
         raise UserError(f"{folder}: a tokenizer of another kind than GPT-2's, which tiktoken cannot express")
-    ranks = {token: fast[0].encode_single_token(token) for token in fast[0].token_byte_values()}
+    ranks = tokenizer.backend.get_vocab(with_added_tokens=False).items()
+    ranks = {bytes(byte[c] for c in token): i for token, i in ranks if i != tokenizer.eot_token}
     encoding = tiktoken.Encoding("r50k", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
     texts = read_texts(files, column)
     began, cpu = time.perf_counter(), time.process_time()

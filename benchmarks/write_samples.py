@@ -19,7 +19,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 import torch
 
 from checkpoint import find_checkpoint, load_model, step_of
-from inference import PRESETS, Sample, grow
+from inference import PRESETS, Sample, stream_text
 from support.files import write_whole
 from support.runtime import autocast, pick
 
@@ -46,8 +46,9 @@ def samples(model, tokenizer, seed, max_new_tokens):
         title = f"`{prompt}`" if prompt else "No prompt: the model begins a document"
         yield f"## {title}\n"
         for name, sampling in PRESETS.items():
-            sample = Sample(tokenizer)
-            for _ in grow([sample], model, tokenizer.encode(prompt), sampling, max_new_tokens, seed):
+            tokens = tokenizer.encode(prompt)
+            sample = Sample(tokenizer, prompt=tokens)
+            for _ in stream_text([sample], model, tokens, sampling, max_new_tokens, seed):
                 pass
             ended = {"length": "cut by the limit", "end_of_text": "ended by the model"}[sample.finish_reason]
             yield f"**{name}** ({sampling}; {sample.tokens} tokens, {ended})\n"

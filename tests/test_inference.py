@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import inference
-from inference import PRESETS, Sample, Sampling, TokenDecoder, choose, draw, generate, sample_text
+from inference import PRESETS, Sample, Sampling, TokenDecoder, choose, generate, sample_text, sample_token
 from model import GPT, GPTConfig
 from support.cli import UserError, run
 from toy import bytes_only
@@ -124,7 +124,7 @@ def test_rules_compose_in_transformers_order():
     sampling = Sampling(0.7, 30, 0.85, 0.02, 1.4)
     for u in torch.linspace(0, 0.999, 50, dtype=torch.float64):
         u = u.expand(4)
-        assert torch.equal(choose(logits, sampling, seen, u), draw(expected, u))
+        assert torch.equal(choose(logits, sampling, seen, u), sample_token(expected, u))
 
 
 def test_nucleus_is_the_smallest_set_even_with_ties():
@@ -138,7 +138,7 @@ def test_draws_follow_the_distribution():
     p = torch.tensor([0.5, 0.25, 0.0, 0.2, 0.05, 0.0])
     n = 20_000
     u = torch.rand(n, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    counts = draw(p.log().expand(n, -1), u).bincount(minlength=6)
+    counts = sample_token(p.log().expand(n, -1), u).bincount(minlength=6)
     assert counts[2] == counts[5] == 0
     used = p > 0
     chi_square = ((counts[used] - n * p[used]) ** 2 / (n * p[used])).sum()
@@ -148,8 +148,8 @@ def test_draws_follow_the_distribution():
 def test_extreme_uniforms_never_draw_what_was_ruled_out():
     """u = 0 must not pick a leading zero, nor u next to 1 run past the end."""
     logits = torch.tensor([[-math.inf, 1.0, -math.inf, 1.0, -math.inf]])
-    assert draw(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 1
-    assert draw(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 3
+    assert sample_token(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert sample_token(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 3
 
 
 def test_tokens_that_float32_cannot_add_up_are_drawn():
@@ -355,6 +355,8 @@ def test_streamed_pieces_equal_full_decode_for_any_bytes(tokenizer):
     sizes = []
 
     class Watched:
+        unused, unsettled = (), ()
+
         def decode(self, ids):
             sizes.append(len(ids))
             return tokenizer.decode(ids)
@@ -396,7 +398,7 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut():
     rng = random.Random(1)
 
     class Letters:
-        eot_token = -1
+        eot_token, unused, unsettled = -1, (), ()
 
         def decode(self, ids):
             return "".join(vocabulary[i] for i in ids)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, models, processors
 
+import tokenizer as tokenizer_module
 from support.cli import UserError
 from tokenizer import END_OF_TEXT, TextTokenizer, load_tokenizer
 from toy import ROOT
@@ -110,7 +111,7 @@ def agree(pair, text):
     ours, reference = pair
     ids = ours.encode(text)
     assert ids == reference.encode_ordinary(text)
-    assert ours.fast and same_arrays(ours.encode_arrays([text]), [ids])
+    assert same_arrays(ours.encode_arrays([text]), [ids])
     assert ours.eot_token not in ids
     return ids
 
@@ -215,21 +216,27 @@ def test_token_bytes_are_unknown_where_the_vocabulary_is_not_bytes():
 # The fast way gives the ids of the slow one, or is not taken.
 
 
-@pytest.fixture(scope="session")
-def marker_first():
-    """A trained byte-level BPE as the demo's: the marker has the id 0, so that no id is a rank of tiktoken's."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[EOT], initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator(["the other, then: this and that; aaaa bbbbb  \n\n   été", *HARD.values()], trainer)
-    return TextTokenizer(backend, "marker first")
+def taken_for_gpt2(tokenizer):
+    """A copy that goes GPT-2's fast way, for tests of that way without GPT-2's files."""
+    copy = TextTokenizer(Tokenizer.from_str(tokenizer.backend.to_str()), "byte")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "GPT2", copy.fingerprint())
+        assert copy.fast is not None
+    return copy
 
 
-@pytest.fixture(params=["byte_tokenizer", "marker_first"], scope="session")
-def small(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture(params=["gpt2", "byte"], scope="session")
+def quick(request):
+    """GPT-2's tokenizer where it is here, a small one always."""
+    if request.param == "gpt2":
+        return request.getfixturevalue("gpt2")
+    return taken_for_gpt2(request.getfixturevalue("byte_tokenizer"))
+
+
+def test_gpt2_alone_goes_the_fast_way(gpt2, byte_tokenizer):
+    """Guards the tests below against showing nothing because the fast way is never taken, and everyone else's ids."""
+    assert gpt2.fast is not None and byte_tokenizer.fast is None
+    assert gpt2.fingerprint() == tokenizer_module.GPT2
 
 
 def both_ways(tokenizer, texts):
@@ -244,29 +251,29 @@ def around(characters):
     return "".join(f"a{c}b {c}1{c} {c}{c}\n{c} \n{c}'{c}s  {c}" for c in characters)
 
 
-def test_arrays_equal_lists(small):
+def test_arrays_equal_lists(quick):
     """Guards ids that are ranks, a batch out of order, the empty text and the empty batch."""
-    both_ways(small, [*HARD.values(), *SURROGATES.values(), "last"])
-    assert small.encode_arrays([]) == []
+    both_ways(quick, [*HARD.values(), *SURROGATES.values(), "last"])
+    assert quick.encode_arrays([]) == []
 
 
 @given(text=texts)
 @settings(max_examples=50)
-def test_arrays_equal_lists_on_any_text(small, text):
-    both_ways(small, [text])
+def test_arrays_equal_lists_on_any_text(quick, text):
+    both_ways(quick, [text])
 
 
-def test_both_engines_have_the_same_letters_digits_and_spaces(small):
+def test_both_engines_have_the_same_letters_digits_and_spaces(quick):
     """Guards the classes of characters: two libraries, each with a Unicode table of its own. U+0085 is a space, U+001C
     to U+001F, which Python calls spaces, are not."""
-    both_ways(small, [around(map(chr, range(n, n + 64))) for n in range(0, 0x3100, 64)])
+    both_ways(quick, [around(map(chr, range(n, n + 64))) for n in range(0, 0x3100, 64)])
 
 
 @pytest.mark.slow
-def test_both_engines_agree_on_every_character(byte_tokenizer):
+def test_both_engines_agree_on_every_character(quick):
     """The same for all of Unicode: a new version of either library may know newer letters than the other."""
     for n in range(0, 0x110000, 4096):
-        both_ways(byte_tokenizer, [around(chr(c) for c in range(n, n + 4096) if not 0xD800 <= c < 0xE000)])
+        both_ways(quick, [around(chr(c) for c in range(n, n + 4096) if not 0xD800 <= c < 0xE000)])
 
 
 @pytest.mark.slow
@@ -281,25 +288,25 @@ def test_arrays_equal_lists_on_real_text(gpt2, test_data):
 
 
 @pytest.mark.parametrize("text", ["a", "ab", " ", "\n", " \n", "é", "-", "\0", "  x"])
-def test_one_megabyte_without_a_border(byte_tokenizer, text):
+def test_one_megabyte_without_a_border(quick, text):
     """Guards against time that grows with the square of a word's length: this would take hours."""
     whole = text * (10**6 // len(text)) + "x"
-    [ids] = byte_tokenizer.encode_arrays([whole])
-    assert np.array(byte_tokenizer.token_bytes())[ids].sum() == len(whole.encode())
-    both_ways(byte_tokenizer, [whole[-20_000:]])
+    [ids] = quick.encode_arrays([whole])
+    assert np.array(quick.token_bytes())[ids].sum() == len(whole.encode())
+    both_ways(quick, [whole[-20_000:]])
 
 
-def test_long_words_of_random_letters(small):
+def test_long_words_of_random_letters(quick):
     """Guards the same where the merges of a word have no order."""
-    both_ways(small, ["".join(random.Random(0).choices("abcdefgh", k=300_000))])
+    both_ways(quick, ["".join(random.Random(0).choices("abcdefgh", k=300_000))])
 
 
-def test_more_spaces_than_the_fast_way_takes(byte_tokenizer):
+def test_more_spaces_than_the_fast_way_takes(quick):
     """Guards the limit of tiktoken's regex engine, about a million spaces in a row: such a text goes the slow way."""
     text = "a" + " " * 1_100_000 + "b"
     with pytest.raises(ValueError):
-        byte_tokenizer.fast[0].encode_to_numpy(text, disallowed_special=())
-    both_ways(byte_tokenizer, [text])
+        quick.fast.encode_to_numpy(text, disallowed_special=())
+    both_ways(quick, [text])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
@@ -309,71 +316,20 @@ def test_memory_of_one_large_document(byte_tokenizer, tmp_path):
     program = """
 import re, sys
 from pathlib import Path
-from tokenizer import load_tokenizer
+import tokenizer
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1e3
-tokenizer, text = load_tokenizer(sys.argv[1]), "The quick brown fox, 12 naïve\\n\\n" * 300_000
+tokenizer.GPT2 = sys.argv[2]
+tokenizer, text = tokenizer.load_tokenizer(sys.argv[1]), "The quick brown fox, 12 naïve\\n\\n" * 300_000
 assert tokenizer.fast
 before = peak()
 [ids] = tokenizer.encode_arrays([text])
 assert len(ids) > 1_000_000
 print(peak() - before)
 """
-    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, tmp_path, byte_tokenizer.fingerprint()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 200, "megabytes, for a text of 10"
-
-
-def with_merges(merges, changes=()):
-    """A byte-level BPE of exactly these merges."""
-    tokens = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), EOT])
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, **dict(changes)))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return TextTokenizer(backend, "merges")
-
-
-def test_merges_whose_tokens_do_not_come_about_are_not_left_to_tiktoken():
-    """Guards the rule in which the libraries differ: a bc has no merge here, but its bytes are those of a token."""
-    merges = [("b", "c"), ("a", "b"), ("ab", "c")]
-    tokenizer = with_merges(merges)
-    assert tokenizer.fast is None
-    assert len(tokenizer.encode("abc")) == 2
-    assert same_arrays(tokenizer.encode_arrays(["abc"]), [tokenizer.encode("abc")])
-
-
-@pytest.mark.parametrize(
-    "merges",
-    [
-        [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")],  # two ways to one token
-        [("ab", "c"), ("a", "b")],  # parts later than the whole
-    ],
-)
-def test_merges_in_no_order_of_training_are_not_left_to_tiktoken(merges):
-    assert with_merges(merges).fast is None
-
-
-@st.composite
-def some_merges(draw):
-    """Merges of a, b and c that training need not have found."""
-    merges, tokens = [], ["a", "b", "c"]
-    for _ in range(draw(st.integers(1, 8))):
-        a, b = (tokens[draw(st.integers(0, len(tokens) - 1))] for _ in range(2))
-        if a + b not in tokens:
-            merges.append((a, b))
-            tokens.append(a + b)
-    return merges
-
-
-@given(merges=some_merges(), words=st.lists(st.text("abc", min_size=1, max_size=16), min_size=20, max_size=20))
-@settings(max_examples=300)
-def test_whatever_is_left_to_tiktoken_comes_back_the_same(merges, words):
-    """Guards the argument in `tiktoken_of`: if its three conditions were too few, some merges here would show it."""
-    tokenizer = with_merges(merges)
-    assert same_arrays(tokenizer.encode_arrays(words), tokenizer.encode_batch(words))
-
-
-def test_merges_in_the_order_of_training_are_left_to_tiktoken():
-    """Guards the test above against showing nothing because the fast way is never taken."""
-    assert with_merges([("a", "b"), ("ab", "c"), ("a", "a"), ("aa", "a")]).fast
 
 
 def normalizer_is(kind):
@@ -425,16 +381,18 @@ def another_token_is_found_in_text(contents):
         another_token_is_found_in_text,
     ],
 )
-def test_tokenizers_of_another_kind_go_the_slow_way(byte_tokenizer, tmp_path, change):
+def test_gpt2s_vocabulary_with_other_settings_goes_the_slow_way(byte_tokenizer, tmp_path, change, monkeypatch):
     """Guards each setting that changes ids without changing the vocabulary."""
-    tokenizer = load_tokenizer(edited(byte_tokenizer, tmp_path, change))
+    monkeypatch.setattr(tokenizer_module, "GPT2", byte_tokenizer.fingerprint())
+    tokenizer = TextTokenizer(Tokenizer.from_file(str(edited(byte_tokenizer, tmp_path, change))), "changed")
     assert tokenizer.fast is None
     texts = ["The quick e\u0301 fox", *HARD.values()]
     assert same_arrays(tokenizer.encode_arrays(texts), tokenizer.encode_batch(texts))
 
 
-def test_merges_by_chance_go_the_slow_way(byte_tokenizer, tmp_path):
+def test_merges_by_chance_go_the_slow_way(byte_tokenizer, tmp_path, monkeypatch):
     """Guards dropout, which tiktoken does not have."""
+    monkeypatch.setattr(tokenizer_module, "GPT2", byte_tokenizer.fingerprint())
     assert load_tokenizer(edited(byte_tokenizer, tmp_path, model_has(dropout=1e-9))).fast is None
 
 
@@ -679,7 +637,35 @@ def test_hub_out_of_reach_says_which_file_to_put_where(monkeypatch, hub):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", out_of_reach)
     refused("gpt2", "'gpt2'", "tokenizer.json", "vocab.json and merges.txt", "folder", "--tokenizer")
-    assert calls == [("gpt2", "tokenizer.json", True), ("gpt2", "tokenizer.json", False)]
+    assert calls == [("gpt2", "tokenizer.json", True), ("gpt2", "tokenizer_config.json", False)]
+
+
+def test_from_the_hub_the_configuration_comes_first(monkeypatch, hub, byte_tokenizer, tmp_path):
+    """Guards against a fetch that is cut between the two files: with tokenizer.json alone in the cache, the next start
+    would take another end of text. A model without a configuration is none of that."""
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    byte_tokenizer.save(tmp_path)
+    there, calls = set(), []
+
+    def fetch(name, file, local_files_only=False):
+        if local_files_only:
+            raise LocalEntryNotFoundError("absent")
+        calls.append(file)
+        if file not in there:
+            raise RemoteEntryNotFoundError(
+                "404", response=httpx.Response(404, request=httpx.Request("GET", "http://x"))
+            )
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        there.add(file)
+        calls.clear()
+        same(load_tokenizer("some/model"), byte_tokenizer)
+        assert calls == ["tokenizer_config.json", "tokenizer.json"]
 
 
 def test_hub_switched_off_says_which_file_to_put_where(monkeypatch, hub):

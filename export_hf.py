@@ -18,7 +18,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from support.cli import UserError, flag, parse, range_problems, run  # isort: split
+from support.cli import UserError, flag, one_line, parse, range_problems, run  # isort: split
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +30,7 @@ from support.files import read_json, sync_directory, write_json, write_whole
 from support.runtime import DTYPES
 from support.tracking import read_rows
 from tokenizer import FILE as TOKENIZER
-from tokenizer import load_tokenizer
+from tokenizer import GPT2, load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
@@ -138,21 +138,21 @@ def hf_config(c: GPTConfig) -> dict:
 
 
 def export(path, out_dir, dtype="float32") -> dict:
-    """Writes the checkpoint directory `path` as the new folder `out_dir`; returns what `verify` measured.
+    """Writes the checkpoint directory `path` as the new folder `out_dir`; returns what `compare_with_transformers` measured.
 
     The folder appears whole and verified, by one rename, or not at all. Raises UserError.
     """
     out_dir = Path(out_dir)
     refuse_existing(out_dir)
     model, tokenizer = checkpoint.load_model(path)
-    stored = through(model, dtype)
+    stored = rounded_to(model, dtype)
     temporary = out_dir.with_name(f"{checkpoint.LEFTOVER}{out_dir.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed export left it
     try:
         temporary.mkdir(parents=True)
         write_folder(temporary, stored, tokenizer, dtype)
-        measured = verify(temporary, model, stored, tokenizer)
-        write_whole(temporary / "README.md", card(Path(path), model, dtype, measured).encode())
+        measured = compare_with_transformers(temporary, model, stored, tokenizer)
+        write_whole(temporary / "README.md", card(Path(path), model, tokenizer, dtype, measured).encode())
         sync_directory(temporary)
         os.rename(temporary, out_dir)
         sync_directory(out_dir.parent)
@@ -168,7 +168,7 @@ def refuse_existing(out_dir):
         raise UserError(f"{out_dir} exists already; remove it or name another --out_dir")
 
 
-def through(model, dtype):
+def rounded_to(model, dtype):
     """A copy of the model whose weights have been rounded to `dtype`. UserError where one does not fit."""
     rounded = copy.deepcopy(model)
     for name, p in rounded.named_parameters():
@@ -194,6 +194,7 @@ def write_folder(folder, model, tokenizer, dtype):
         "bos_token": marker,
         "eos_token": marker,
         "model_max_length": c.block_size,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which no GPT takes
         "clean_up_tokenization_spaces": False,  # the default of transformers 4 eats spaces before punctuation
     }
     write_json(folder / "tokenizer_config.json", about)
@@ -202,18 +203,18 @@ def write_folder(folder, model, tokenizer, dtype):
 
 
 def transformers():
-    """The library, without its bars and advice; UserError where it is not installed."""
+    """The library, without its progress bars and advice; UserError where it is not installed."""
     try:
         import transformers as library
     except ImportError as error:
-        raise UserError("an export is verified with transformers: pip install 'transformers>=5.23'") from error
+        raise UserError("export and import need transformers: pip install 'transformers>=5.23'") from error
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     return library
 
 
 @torch.inference_mode()
-def verify(folder, model, stored, tokenizer) -> dict:
+def compare_with_transformers(folder, model, stored, tokenizer) -> dict:
     """Loads a folder with transformers and compares: tensors by name, logits, greedy tokens, ids of text.
 
     `stored` is our model with the weights that were written, `model` the one before they were rounded.
@@ -287,7 +288,7 @@ def measurements(run_dir, step) -> dict[str, dict]:
     return {row["kind"]: row for row in read_rows(Path(run_dir) / "metrics.jsonl") if row["step"] == step}
 
 
-def card(path, model, dtype, measured) -> str:
+def card(path, model, tokenizer, dtype, measured) -> str:
     """README.md of the export: what the model is and what was measured at the checkpoint `path`, and no more."""
     c, step, run_dir = model.config, read_json(path / checkpoint.MANIFEST).get("step"), path.resolve().parent
     count = model.num_parameters() - (c.vocab_size - c.valid_vocab_size) * c.n_embd
@@ -310,7 +311,7 @@ def card(path, model, dtype, measured) -> str:
         norm={"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[c.norm],
         dtype=dtype,
         table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
-        note=ARCEE_NOTE if c.norm == "rmsnorm" else "",
+        note=ARCEE_NOTE if c.norm == "rmsnorm" else "" if tokenizer.fingerprint() == GPT2 else LLAMA_CPP_NOTE,
     )
 
 
@@ -371,6 +372,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 In training each document began with the end-of-text token; the tokenizer adds none by itself. It reads the
 marker's name inside a text as the marker, as transformers does; in training such text was plain text.
 {note}"""
+LLAMA_CPP_NOTE = """
+llama.cpp's converter knows a tokenizer by the hash of the ids that it gives. It knows GPT-2's and refuses one of your
+own until you add that hash to the converter.
+"""
 ARCEE_NOTE = """
 transformers (and what runs on it) reads the activation from config.json. llama.cpp computes every Arcee model
 with squared ReLU, so its output would be wrong, and vLLM's own Arcee refuses GELU.
@@ -383,80 +388,85 @@ with squared ReLU, so its output would be wrong, and vLLM's own Arcee refuses GE
 def import_folder(folder, out_dir) -> Path:
     """A folder written by `export`, or fine-tuned from one, as the checkpoint out_dir/step_00000000; returns it.
 
-    16-bit weights become float32; padding rows of the embedding become zeros. Raises UserError where the
-    folder holds another model than ours, naming what differs, and where out_dir exists.
+    transformers reads it. 16-bit weights become float32; padding rows of the embedding become zeros. Raises UserError
+    where the folder holds another model than ours, naming what differs, and where out_dir exists.
     """
     folder, out_dir = Path(folder), Path(out_dir)
     refuse_existing(out_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; expected one with {CONFIG}, {MODEL} and {TOKENIZER}")
     config = read_config(folder)
-    files = tensor_files(folder)
-    if config.n_layer > len(files):
-        raise UserError(f"{folder}: {CONFIG} says {config.n_layer:,} layers, the files hold {len(files)} tensors")
-    theirs = read_tensors(files, {n: t.shape for n, t in to_hf(empty(config).state_dict(), config).items()})
+    tensors = read_tensors(folder, config)
     tokenizer = load_tokenizer(folder)
     valid = tokenizer.vocab_size
     if valid > config.valid_vocab_size:
         raise UserError(f"{folder}: the tokenizer has {valid:,} ids, the embedding {config.valid_vocab_size:,} rows")
     config = dataclasses.replace(config, valid_vocab_size=valid, vocab_size=-(-valid // 64) * 64)
     if config.norm == "layernorm":  # zeros stand for biases that are not there
-        config = dataclasses.replace(config, bias=any(t.any() for n, t in theirs.items() if n.endswith("bias")))
+        config = dataclasses.replace(config, bias=any(t.any() for n, t in tensors.items() if n.endswith("bias")))
     model = GPT(config)
-    model.load_state_dict(from_hf(theirs, config))
+    model.load_state_dict(from_hf(tensors, config))
     identity = dataclasses.asdict(config) | {"tokenizer": tokenizer.fingerprint()}
     state = {"step": 0, "samples_seen": 0, "seconds": 0.0, "identity": identity, "config": {}, "scaler": None}
     tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
     return checkpoint.save(out_dir, 0, config, tensors, state, tokenizer)
 
 
-def empty(c: GPTConfig) -> GPT:
-    """The model's shapes, without memory for its values."""
-    with torch.device("meta"):
-        return GPT(c)
-
-
 def read_config(folder) -> GPTConfig:
     """Our config, from a config.json that describes exactly our model; UserError names every value that does not."""
     path = folder / CONFIG
-    found = read_json(path)
-    norms = {model_type: norm for norm, (model_type, _) in ARCHITECTURES.items()}
-    norm, rope = norms.get(str(found.get("model_type"))), rope_parameters(found)
+    try:
+        found = transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the library objects to
+        raise UserError(f"{path}: refused by transformers ({one_line(error)})") from error
+    norm = {model_type: norm for norm, (model_type, _) in ARCHITECTURES.items()}.get(found.model_type)
     if norm is None:
-        raise UserError(f"{path}: model_type is {found.get('model_type')!r}, expected one of {', '.join(norms)}")
-    numbers = {name: (found.get(name), (int,)) for name in SIZES} | {"rope_theta": (rope["rope_theta"], (int, float))}
-    wrong = [f"{k} is {n!r}" for k, (n, kinds) in numbers.items() if type(n) not in kinds or not 0 < n <= LARGEST_SIZE]
+        types = ", ".join(model_type for model_type, _ in ARCHITECTURES.values())
+        raise UserError(f"{path}: model_type is {found.model_type!r}, expected one of {types}")
+    sizes, theta = {ours: getattr(found, theirs) for theirs, ours in SIZES.items()}, found.rope_parameters["rope_theta"]
+    wrong = [f"{k} is {n!r}" for k, n in sizes.items() if type(n) is not int or not 0 < n <= LARGEST_SIZE]
+    if type(theta) not in (int, float) or not 0 < theta <= LARGEST_SIZE:
+        wrong.append(f"rope_theta is {theta!r}")
     if wrong:
         raise UserError(f"{path}: {', '.join(wrong)}; expected a number above 0, at most {LARGEST_SIZE:,}")
-    config = GPTConfig(
-        **{ours: found[theirs] for theirs, ours in SIZES.items()},
-        vocab_size=-(-found["vocab_size"] // 64) * 64,
-        dropout=0.0,
-        bias=norm == "layernorm" or found.get("attention_bias") is True,
-        norm=norm,
-        rope_theta=float(rope["rope_theta"]),
-    )
-    if config.problems():
-        raise UserError(f"{path}: {'; '.join(config.problems())}")
-    absent = {"tie_word_embeddings": norm == "layernorm", "sliding_window": None}  # what transformers takes then
-    found = {**absent, "head_dim": config.n_embd // config.n_head, **found, "rope_parameters": rope}
-    expected = hf_config(config)
-    wrong = [f"{k} is {found.get(k)!r}, expected {v!r}" for k, v in expected.items() if found.get(k) != v]
+    rows = -(-sizes["valid_vocab_size"] // 64) * 64
+    bias = norm == "layernorm" or found.attention_bias is True
+    config = GPTConfig(**sizes, vocab_size=rows, dropout=0.0, bias=bias, norm=norm, rope_theta=float(theta))
+    wrong = config.problems()
+    if not wrong:
+        expected = hf_config(config).items()
+        wrong = [f"{k} is {getattr(found, k)!r}, expected {v!r}" for k, v in expected if getattr(found, k) != v]
     if wrong:
         raise UserError(f"{path}: this is not our model: {'; '.join(wrong)}")
     return config
 
 
-def rope_parameters(found) -> dict:
-    """As transformers 5 writes them, also from the rope_theta and rope_scaling of transformers 4."""
-    rope = {"rope_type": "default", "rope_theta": found.get("rope_theta")}
-    for part in (found.get("rope_scaling"), found.get("rope_parameters")):
-        rope |= part if isinstance(part, dict) else {}
-    return rope
+@torch.no_grad()
+def read_tensors(folder, config) -> dict[str, torch.Tensor]:
+    """Tensors by name in float32. UserError names a missing, extra, misshapen or non-finite one, or an untied head."""
+    count = check_files(folder)
+    if config.n_layer > count:  # transformers would first build them all
+        raise UserError(f"{folder}: {CONFIG} says {config.n_layer:,} layers, the files hold {count} tensors")
+    how = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    try:
+        theirs, info = transformers().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **how)
+    except Exception as error:  # whatever the library objects to
+        raise UserError(f"{folder}: refused by transformers ({one_line(error)})") from error
+    wrong = [f"{name} is {list(a)}, expected {list(b)}" for name, a, b in info["mismatched_keys"]]
+    wrong += [f"{name} is missing" for name in info["missing_keys"]]
+    wrong += [f"{name} is not expected" for name in info["unexpected_keys"]]
+    tensors = theirs.state_dict()
+    wrong += [f"{name} holds NaN or Inf" for name, t in tensors.items() if not t.isfinite().all()]
+    if not wrong and not tensors[HEAD].equal(tensors[EMBEDDING]):
+        wrong = [f"{HEAD} is not the embedding; in our model they are one tensor"]
+    if wrong:
+        raise UserError(f"{folder} does not hold the model of its {CONFIG}: tensor {'; tensor '.join(sorted(wrong))}")
+    return tensors
 
 
-def tensor_files(folder) -> dict[str, Path]:
-    """Each tensor's name and file: of model.safetensors, or of the shards that its index lists. UserError."""
+def check_files(folder) -> int:
+    """How many tensors model.safetensors holds, or the files that its index lists. transformers would follow a path out
+    of the folder and turn integers into weights; so UserError for these, for a damaged file and for pickles."""
     if (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) and all(map(is_name, listed.values())) else set()
@@ -468,37 +478,19 @@ def tensor_files(folder) -> dict[str, Path]:
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         there = f"; {pickles[0]} is a pickle, which could run code and is not opened" if pickles else ""
         raise UserError(f"{folder}: found no {MODEL} and no {INDEX}{there}; save it with safetensors")
-    files = {}
-    for name in sorted(names):
-        with checkpoint.opened(folder / name) as f:
-            files |= dict.fromkeys(f.keys(), folder / name)
-    return files
+    count = 0
+    for path in [folder / name for name in sorted(names)]:
+        with checkpoint.opened(path) as f:
+            for name in f.keys():  # noqa: SIM118
+                if (kind := f.get_slice(name).get_dtype()) not in ("F32", "BF16", "F16"):
+                    raise UserError(f"{path}: tensor {name} is {kind}, expected F32, BF16 or F16")
+                count += 1
+    return count
 
 
 def is_name(value) -> bool:
     """Whether this is the name of a safetensors file, with no way out of its folder."""
     return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
-
-
-def read_tensors(files, expected: dict[str, torch.Size]) -> dict:
-    """Tensors by name in float32. UserError names a missing, extra, misshapen, non-finite one, or an untied head."""
-    for name in sorted(files.keys() ^ (expected.keys() | files.keys() & {HEAD})):
-        where = f"{files[name]}: tensor {name} is not expected" if name in files else f"tensor {name} is missing"
-        raise UserError(f"{where}; the folder does not hold the model of its {CONFIG}")
-    tensors = {}
-    for path in sorted(set(files.values())):
-        with checkpoint.opened(path) as f:
-            for name in [n for n in files if files[n] == path]:
-                found, shape = f.get_slice(name), list(expected[EMBEDDING if name == HEAD else name])
-                if list(found.get_shape()) != shape or found.get_dtype() not in ("F32", "BF16", "F16"):
-                    has = f"{found.get_dtype()} {found.get_shape()}"
-                    raise UserError(f"{path}: tensor {name} is {has}, expected F32, BF16 or F16 {shape}")
-                tensors[name] = f.get_tensor(name).float()
-                if not tensors[name].isfinite().all():
-                    raise UserError(f"{path}: tensor {name} holds NaN or Inf")
-    if HEAD in tensors and not tensors.pop(HEAD).equal(tensors[EMBEDDING]):
-        raise UserError(f"{files[HEAD]}: {HEAD} is not the embedding; in our model they are one tensor")
-    return tensors
 
 
 # ---------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from support.terminal import refuse_unread
 DEFAULT_PROMPT = "The"
 PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
-NUCLEUS_GUESSES = (1024, 8192)  # tokens that nearly always, mostly hold the nucleus; sorting 50,257 takes longest
+MOST_NUCLEI = 1024  # tokens that hold most nuclei; a sort of 50,257 would take 8 to 15% of a token's time on a CPU
 SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
 UNFINISHED = "\ufffd"  # decoding gives it for bytes that are not, or not yet, a character
 WINDOW = 4  # tokens that decide how the next one decodes; a character has at most 4 bytes
@@ -85,10 +85,9 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """The nucleus: the smallest set of tokens whose probability reaches p (Holtzman et al. 2019)."""
     probabilities = logits.softmax(-1)
-    for candidates in (*NUCLEUS_GUESSES, logits.size(-1)):
-        best, ids = probabilities.topk(min(candidates, logits.size(-1)))  # in descending order
-        if best.sum(-1).min() >= p:
-            break
+    best, ids = probabilities.topk(min(MOST_NUCLEI, logits.size(-1)))  # in descending order, as after a sort
+    if best.sum(-1).min() < p:
+        best, ids = probabilities.sort(-1, descending=True)
     inside = best.cumsum(-1) - best < p  # what comes before falls short of p; nothing comes before the best
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, inside)
     return logits.masked_fill(~keep, -math.inf)

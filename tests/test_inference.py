@@ -85,7 +85,7 @@ def test_filters_agree_with_transformers(scale):
 
 @pytest.mark.parametrize("scale", [0.1, 2.0, 4.0])  # about 17,600, 4,600 and 60 tokens hold 0.9
 def test_nucleus_of_any_size_agrees_with_a_full_sort(scale):
-    """Only the best tokens are sorted, as many as may hold the nucleus: none of the guesses may be the last."""
+    """Only the best tokens are sorted; a nucleus that is larger must not be cut there."""
     process = pytest.importorskip("transformers.generation.logits_process")
     logits = random_logits(2, 20_000, scale)
     torch.testing.assert_close(inference.keep_top_p(logits, 0.9), process.TopPLogitsWarper(0.9)(None, logits))

@@ -138,7 +138,7 @@ def hf_config(c: GPTConfig) -> dict:
 
 
 def export(path, out_dir, dtype="float32") -> dict:
-    """Writes the checkpoint directory `path` as the new folder `out_dir`; returns what `compare_with_transformers` measured.
+    """Writes the checkpoint directory `path` as the new folder `out_dir`; returns what was measured.
 
     The folder appears whole and verified, by one rename, or not at all. Raises UserError.
     """

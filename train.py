@@ -83,6 +83,9 @@ class TrainConfig:
     tokenizer: str | None = flag(
         None, "folder, file or hub name; default: the one kept with the shards, else gpt2", unit="name"
     )
+    eot_token: str | None = flag(
+        None, "the token that ends a text; default: what the tokenizer's own files say", unit="token"
+    )
 
     block_size: int = flag(1024, "context length", at_least=1, unit="tokens", group="model")
     n_layer: int = flag(12, "number of blocks", at_least=1)

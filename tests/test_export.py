@@ -520,9 +520,7 @@ def test_the_card_carries_the_numbers_of_this_step(saved, tmp_path):
     assert not [text for text in (*expected, "`edu_fineweb10B`", "Starcoder2ForCausalLM") if text not in card]
     assert not [text for text in ("4.99", "146.94", "not measured", "somebody", "Arcee") if text in card]
     assert f"{valid_count(build()):,} (2 layers" in card
-    assert "refuses one of your\nown until" in card, (
-        "llama.cpp's converter knows GPT-2's tokenizer, and this is another"
-    )
+    assert "refuses one of your\nown until" in card, "llama.cpp knows GPT-2's tokenizer, not this one"
 
 
 def valid_count(model):

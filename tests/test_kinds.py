@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kinds import KINDS, LETTERS, WORDS, byte_fallback, byte_level, metaspace, s
 from model import GPT, GPTConfig
 from support.cli import UserError, run
 from tokenizer import TextTokenizer, load_tokenizer
+from train import train
 
 GREEDY = PRESETS["greedy"]
 
@@ -384,6 +386,17 @@ def test_a_configuration_that_names_no_token_of_the_vocabulary(about, tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes(b"{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json: cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_training_takes_the_marker_from_its_flag(toy, corpus, tmp_path):
+    """Bug: a flag that is read and not handed on: the data, made with another end of text, must be refused."""
+    contents = json.loads((corpus / "tokenizer" / "tokenizer.json").read_text())
+    contents["added_tokens"].append(contents["added_tokens"][0] | {"id": 512, "content": "<|story|>"})
+    folder = saved(Tokenizer.from_str(json.dumps(contents)), tmp_path)
+    with pytest.raises(UserError, match=r"no end-of-text token; expected one of <\|nowhere\|>"):
+        train(replace(toy, tokenizer=str(folder), eot_token="<|nowhere|>"))
+    with pytest.raises(UserError, match="was made with tokenizer 'byte'"):
+        train(replace(toy, tokenizer=str(folder), eot_token="<|story|>"))
 
 
 def test_transformers_reads_the_marker_that_is_saved(tmp_path):

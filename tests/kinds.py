@@ -25,16 +25,15 @@ def spaces_added():
     return backend
 
 
-def byte_fallback(strip=True, replace=True):
-    """Llama's kind, or with `strip` False Gemma's: what has no token becomes the tokens of its bytes."""
+def byte_fallback(strip=1):
+    """Llama's kind, or with `strip` 0 Gemma's: what has no token becomes the tokens of its bytes."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), SPACES, *LETTERS, "th", "the", "wa"]
     merges = [("t", "h"), ("th", "e"), ("w", "a")]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     prepend = [normalizers.Prepend(SPACES)] if strip else []
-    if replace:
-        backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACES)])
-    rest = [decoders.Strip(" ", 1, 0)] if strip else []
+    backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACES)])
+    rest = [decoders.Strip(" ", strip, 0)] if strip else []
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACES, " "), decoders.ByteFallback(), decoders.Fuse(), *rest]
     )
@@ -103,12 +102,13 @@ def with_gaps():
     return backend
 
 
-JOINED = [decoders.Fuse(), decoders.Replace(Regex(r"er+"), "R")]
+JOINED = [decoders.Fuse(), decoders.Replace(Regex(r"rt+"), "R")]
 KINDS = {
     "byte-level": byte_level,
     "spaces added": spaces_added,
     "byte fallback": byte_fallback,
-    "byte fallback, not stripped": lambda: byte_fallback(strip=False),
+    "byte fallback, not stripped": lambda: byte_fallback(strip=0),
+    "byte fallback, five spaces stripped": lambda: byte_fallback(strip=5),
     "metaspace": metaspace,
     "word piece": word_piece,
     "word piece, ids from 50": lambda: word_piece(50),

@@ -744,7 +744,7 @@ def a_tokenizer(model, **parts):
     return {"version": "1.0", "added_tokens": [], "model": model, **parts}
 
 
-BPE = {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": []}
+BPE = {"type": "BPE", "vocab": {"a": 0, "</s>": 1}, "merges": [], "unk_token": "a"}
 HOSTILE_TOKENIZERS = {
     "an id of four billion": a_tokenizer(BPE | {"vocab": {"a": 0, "</s>": 2**32 - 1}}, decoder={
         "type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),

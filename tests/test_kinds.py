@@ -15,7 +15,18 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 import inference
 from inference import PRESETS, Sample, TokenDecoder, sample_text
-from kinds import KINDS, LETTERS, WORDS, byte_fallback, byte_level, metaspace, spaces_added, tokenizer_of, with_gaps
+from kinds import (
+    KINDS,
+    LETTERS,
+    SPACES,
+    WORDS,
+    byte_fallback,
+    byte_level,
+    metaspace,
+    spaces_added,
+    tokenizer_of,
+    with_gaps,
+)
 from model import GPT, GPTConfig
 from support.cli import UserError, run
 from tokenizer import TextTokenizer, load_tokenizer
@@ -74,6 +85,22 @@ def test_streamed_pieces_of_many_more_ids(kind, data):
 def test_streamed_pieces_are_the_decoded_text_less_the_prompt(kind, data):
     """Bugs: "The" and "water" became "Thewater", "€" three U+FFFD; for any ids at all and any tokenizer."""
     pieces_equal_the_decoded_text(kind, data)
+
+
+CASES = {
+    "gaps": ["â", None, None, None, None, "Ĥ", "¬"],  # the bytes of "€", and between them ids that no token has
+    "byte fallback, five spaces stripped": ["a", *[SPACES] * 6, "b"],
+    "a decoder that looks at the whole text": ["water", "the"],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_that_chance_seldom_finds(name):
+    """Bugs: a window of ids without text, one whose text the decoder strips, one after which the text changes."""
+    tokenizer = tokenizer_of(name)
+    ids = [151 if token is None else tokenizer.backend.token_to_id(token) for token in CASES[name]]
+    assert tokenizer.decode(ids) in ("€", "a      b", "wateRhe")
+    assert "".join(streamed(TokenDecoder(tokenizer), ids)) == tokenizer.decode(ids)
 
 
 parts = [*LETTERS, *WORDS, " ", "  ", "\n", "é", "€", "😀", "\u0301", "\ufffd", "▁", "T"]

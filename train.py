@@ -275,7 +275,7 @@ def open_data(c: TrainConfig, rt) -> Data:
     """All that the run reads, checked against each other. UserError where something is missing or does not fit."""
     find_shards(c.data_dir, "train")  # missing data is the first thing to say
     kept = Path(c.data_dir, "tokenizer")
-    tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"))
+    tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"), c.eot_token)
     refuse_long_prompt(c, tokenizer)
     train_data = FineWebDataset(c.data_dir, c.block_size, "train", tokenizer.vocab_size)
     val_data = FineWebDataset(val_directory(c), c.block_size, "val", tokenizer.vocab_size)

@@ -609,7 +609,7 @@ def test_name_too_long_for_the_file_system():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """An empty cache of the hub, and no way out: any attempt to connect fails the test that made it."""
-    import huggingface_hub
+    import huggingface_hub.constants  # by name: the package loads its parts when they are asked for
 
     attempts = []
 

@@ -158,7 +158,7 @@ def test_tokens_that_float32_cannot_add_up_are_drawn():
     logits[0, 0] = 0.0
     for token in (1, 250, 500, 999):
         u = 1 - (1000.5 - token) * 1e-10  # in the middle of the token's share
-        assert abs(draw(logits, torch.tensor([u], dtype=torch.float64)).item() - token) <= 1
+        assert abs(sample_token(logits, torch.tensor([u], dtype=torch.float64)).item() - token) <= 1
 
 
 def test_zero_and_tiny_temperatures_are_greedy_and_do_not_overflow():

@@ -526,6 +526,9 @@ def find_start(c) -> Path | None:
         return own
     found = find_checkpoint(c.resume, c.checkpoint_dir)
     verify(found)
+    if found.parent.resolve() == c.run_dir.resolve() and found not in steps(found.parent):
+        raise UserError(f"{found} is not in the line of steps of its run (set aside, or a copy); continue it as a new "
+                        "run: give a new --run_name")  # fmt: skip
     return found
 
 

@@ -146,6 +146,14 @@ def test_rank_0_that_cannot_save_tells_the_others(toy, tmp_path):
     assert "error" not in other, "one process says it, for all"
 
 
+def test_every_rank_leaves_where_the_run_is_in_use(toy):
+    """Bug: only rank 0 asks for the lock; the others waited for it until the timeout."""
+    port, toy = free_port(), replace(toy, timeout=600.0)
+    with checkpoint.run_lock(toy.run_dir):
+        both = [finished(p, code=2, timeout=90) for p in [by_hand(toy, rank, port) for rank in (0, 1)]]
+    assert "in use by process" in both[0] and "error" not in both[1], both
+
+
 def test_ranks_with_different_flags_or_data_refuse_to_start(toy, tmp_path):
     """Two machines with two versions of a script or of the data train something that no one can repeat."""
     port = free_port()

@@ -121,6 +121,30 @@ def test_killed_at_every_file_system_call(server, short, undisturbed, tally):
         tally("kills survived")
 
 
+def test_killed_while_going_back(server, short, undisturbed, tally):
+    """The steps after the one it goes back to are void, and kept: a crash between two of the renames loses none."""
+
+    def begin():
+        shutil.rmtree(short.run_dir, ignore_errors=True)
+        shutil.copytree(undisturbed.run_dir, short.run_dir)
+
+    target = short.run_dir / "step_00000004"
+    back = replace(short, resume=str(target), lr=1e-3, max_steps=5, keep_last=2)
+    begin()
+    calls = server.run(back)["calls"]
+    expected = outcome(back)
+    assert expected[2] == "step_00000005" and len(expected[0]) == 5
+    for at in range(1, calls + 1, 2):
+        begin()
+        assert server.run(back, KILL, at)["code"] == -9
+        assert finish(server, back) == expected, f"killed at call {at}"
+        aside = checkpoint.those_aside(back.run_dir)
+        assert sorted(step for _, step in aside) == [8, 12, 13], f"killed at call {at}"
+        for path, _ in aside:
+            checkpoint.verify(path)
+        tally("kills survived")
+
+
 def test_disk_full_from_every_file_system_call_on(server, short, undisturbed, tally):
     """One line, exit 2, no part of a checkpoint left; with space again the run goes on as if nothing had been."""
     begin_at_step_8(short, undisturbed)

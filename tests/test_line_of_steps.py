@@ -1,8 +1,11 @@
 """The line of steps of a run: whatever it goes back to, starts from or finds damaged, no good checkpoint is lost and
 the newest is the one last trained."""
 
+import contextlib
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -10,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import checkpoint
 import train as train_module
+from support import tracking
 from support.cli import UserError
 from support.files import read_json
 from support.tracking import read_rows
@@ -193,6 +198,18 @@ def test_a_checkpoint_that_cannot_be_continued_sets_nothing_aside(short):
     assert names(short.run_dir, "*step_*") == ["step_00000004", "step_00000008"]
 
 
+def test_what_was_set_aside_continues_as_a_new_run(short):
+    """Bug: continued in its own run, it would stand among steps of the other line, and be rotated away as void."""
+    train(replace(short, max_steps=12))
+    train(replace(short, max_steps=8, lr=1e-3, resume=str(short.run_dir / "step_00000004")))
+    aside, before = short.run_dir / "aside_step_00000012", names(short.run_dir, "*step_*")
+    with pytest.raises(UserError, match=r"not in the line of steps.*new --run_name"):
+        train(replace(short, max_steps=16, resume=str(aside)))
+    assert names(short.run_dir, "*step_*") == before
+    assert train(replace(short, run_name="new", max_steps=16, resume=str(aside)))["step"] == 16
+    assert [row[0] for row in trace(replace(short, run_name="new"))] == [13, 14, 15, 16]
+
+
 def test_names_of_what_is_set_aside_are_no_steps(tmp_path, capsys):
     """A name that looks like a step would be resumed, counted by rotation, or verified as one."""
     for _ in range(3):
@@ -306,3 +323,235 @@ def test_a_disk_without_room_is_refused_before_the_first_step(short, monkeypatch
     assert not trace(short) and not names(short.run_dir)
     with pytest.raises(UserError, match="are free"):
         train(replace(short, optimizer="muon"))
+
+
+# --- any sequence of what happens to a run
+
+SEQUENCES = 500
+
+
+class Killed(BaseException):
+    """The process is gone: nothing may catch this."""
+
+
+class World:
+    """Two runs on one disk, trained by the real `train` with a step that only leaves a mark in the weights: `tag`,
+    which no other step of any session leaves. What is on the disk is compared with what was trained."""
+
+    CALLS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync")  # of os: each is a moment to be killed at
+
+    def __init__(self, config, monkeypatch, capsys, rng):
+        self.rng, self.capsys, self.sessions = rng, capsys, 0
+        self.story = []  # what happened, for the message of a failure
+        changes = dict(keep_last=rng.randint(1, 3), save_interval=rng.randint(1, 3), eval_interval=rng.randint(1, 3))
+        self.config = replace(config, **changes)
+        self.lines = {"a": {}, "b": {}}  # of each run, the tag that was trained last at each step
+        self.last_command = {}
+        data = train_module.open_data(config, train_module.runtime.start("cpu", "float32"))
+        monkeypatch.setattr(train_module, "open_data", lambda c, rt: data)
+        batches = contextlib.nullcontext(itertools.repeat(None))
+        monkeypatch.setattr(train_module, "FineWebBatchIterator", lambda *args: batches)
+        monkeypatch.setattr(train_module, "train_step", self.step)
+        monkeypatch.setattr(train_module, "validate", self.validate)
+        monkeypatch.setattr(tracking, "record_of_run", lambda *args: {})
+        for name in self.CALLS:
+            monkeypatch.setattr(os, name, self.mortal(getattr(os, name), name == "fsync"))
+        monkeypatch.setattr(checkpoint, "save_file", self.mortal(checkpoint.save_file))
+        monkeypatch.setattr(checkpoint, "save", self.recorded(checkpoint.save))
+        self.calls_left = None
+
+    def mortal(self, real, skip=False):
+        def call(*args, **options):
+            if self.calls_left is not None:
+                self.calls_left -= 1
+                if self.calls_left < 0:
+                    raise Killed
+            return None if skip else real(*args, **options)
+
+        return call
+
+    def recorded(self, real):
+        def save(run_dir, step, config, tensors, *rest):
+            path = real(run_dir, step, config, tensors, *rest)
+            self.saved.append((step, tag_of(tensors[checkpoint.MODEL])))
+            return path
+
+        return save
+
+    def step(self, c, rt, net, batch, at):
+        if self.calls_left is not None and self.calls_left < 0:
+            raise Killed
+        weight = net.model.state_dict()["ln_f.weight"]
+        if self.began is None:
+            self.began = (at.step, tag_of(net.model.state_dict()))
+        self.next_tag += 1
+        weight[0] = self.next_tag
+        self.trained[at.step + 1] = self.next_tag
+        at = checkpoint.Position(at.step + 1, at.samples_seen + c.global_batch, at.seconds)
+        return at, {"loss": 1.0, "lr": c.lr, "grad_norm": 1.0, "checksum": 0}, False
+
+    def validate(self, *args):
+        return {"loss": self.rng.random(), "perplexity": 1.0, "bits_per_byte": None, "targets": 1}
+
+    next_tag = 1  # a norm's weight at the start, the tag of no step
+
+    def run_dir(self, name):
+        return replace(self.config, run_name=name).run_dir
+
+    def good(self, name) -> dict[int, int]:
+        """The tag of each step of a run's line that is on the disk and whole."""
+        return {step: tag for path in checkpoint.steps(self.run_dir(name)) for step, tag in read_whole(path)}
+
+    def kept(self, name) -> set[tuple[int, int]]:
+        aside = [path for path, _ in checkpoint.those_aside(self.run_dir(name))]
+        return {*self.good(name).items(), *(found for path in aside for found in read_whole(path))}
+
+    def expected_start(self, c, name):
+        """(step, tag) where a session has to begin, and whether that is in the run itself."""
+        own = self.good(name)
+        newest = max(own, default=None)
+        if c.resume == "auto" or (newest is not None and Path(c.resume).parent != c.run_dir):
+            return (newest, own[newest], True) if own else (0, 1, False)
+        if newest is not None:
+            saved_by = read_json(c.run_dir / checkpoint.name_of(newest) / checkpoint.STATE)["config"]
+            again = saved_by == json.loads(json.dumps(vars(c)))
+            step = newest if again else checkpoint.step_of(Path(c.resume))
+            return step, own[step], True
+        [(step, tag)] = read_whole(Path(c.resume))
+        return step, tag, False
+
+    def session(self, name, kill_at=None, **changes):
+        """One start of train.py, perhaps killed, and everything that has to hold after it."""
+        c = replace(self.config, run_name=name, **changes)
+        self.last_command[name] = changes
+        self.story.append((name, kill_at, changes))
+        before, bad = self.kept(name), {p.name for p in checkpoint.steps(c.run_dir) if not read_whole(p)}
+        own = self.good(name)
+        start, tag, inside = self.expected_start(c, name)
+        self.began, self.trained, self.saved, self.calls_left = None, {}, [], kill_at
+        self.capsys.readouterr()
+        try:
+            result = train(c)
+        except Killed:
+            result = None
+        self.calls_left = None
+        out, err = self.capsys.readouterr()
+        if self.began is not None:
+            assert self.began == (start, tag), "it began elsewhere"
+            line = {k: v for k, v in self.lines[name].items() if k <= start} if inside else {start: tag}
+            self.lines[name] = line | self.trained
+        elif result is not None and inside:
+            self.lines[name] = {k: v for k, v in self.lines[name].items() if k <= start}
+        elif not inside and self.good(name):
+            self.lines[name] = {start: tag}
+        self.check_disk(name, c, before, start, inside, result)
+        self.check_words(c, out, err, own, bad, start, inside, result)
+
+    def check_disk(self, name, c, before, start, inside, result):
+        good, kept, line = self.good(name), self.kept(name), self.lines[name]
+        for found in [*before, *self.saved]:
+            passed = sum(step >= found[0] for step in good)
+            assert found in kept or passed >= c.keep_last, f"step {found} is lost: {sorted(kept)}"
+        if self.trained or result is not None:
+            assert all(line[step] == tag for step, tag in good.items()), "a void step is in the line"
+            newest = max([*(step for step, _ in self.saved), start if inside else 0])
+            assert max(good, default=0) >= newest, "the newest is not the one last saved"
+        if result is not None:
+            assert result["step"] == max(start, c.max_steps)
+        if result is not None and good:  # none: it was at its last step where it began, in another run
+            assert max(good) == result["step"], "the newest is not the one last trained"
+            assert read_json(c.run_dir / "latest.json")["step"] == max(good)
+            assert not list(c.run_dir.glob(f"{checkpoint.LEFTOVER}*"))
+            losses = {step: loss for step, loss in vals(c).items() if step in good}
+            if losses:
+                assert read_json(c.run_dir / "best.json")["step"] == min(losses, key=losses.get)
+
+    def check_words(self, c, out, err, own, bad, start, inside, result):
+        for word in re.findall(r"continued at step (\d+)", out):
+            assert int(word) == start
+        assert "from the beginning" not in out or start == 0
+        for path in re.findall(r"checkpoint skipped: (\S+)/", err):
+            assert Path(path).name in bad, "what was skipped was good"
+        for step in re.findall(r"goes on from step_(\d+)", err):
+            assert int(step) == start and inside
+        moved = re.findall(r"(step_\d+) \(now (aside_\w+)\)", err)
+        void = {checkpoint.name_of(step) for step in own if step > start} | {
+            n for n in bad if int(n.removeprefix("step_")) > start
+        }
+        if result is not None:
+            assert {name for name, _ in moved} == (void if inside else set())
+            assert all(int(step) == start for step in re.findall(r"training goes on from step (\d+)", err))
+            assert "already at step" not in out or (not self.trained and c.max_steps <= start)
+        assert err.count("\n") == len(re.findall("^checkpoint ", err, re.M)), err
+
+    def still_possible(self, name):
+        """Whether the last command can be given again: what it resumes is there, or is no longer needed."""
+        if name not in self.last_command:
+            return False
+        c = replace(self.config, run_name=name, **self.last_command[name])
+        own, there = self.good(name), Path(c.resume)
+        if c.resume == "auto" or read_whole(there) or (own and there.parent != c.run_dir):
+            return True
+        state = c.run_dir / checkpoint.name_of(max(own, default=0)) / checkpoint.STATE
+        return bool(own) and read_json(state)["config"] == json.loads(json.dumps(vars(c)))
+
+    def something(self):
+        """One thing that happens to one of the runs."""
+        rng, name = self.rng, self.rng.choice("ab")
+        other = "b" if name == "a" else "a"
+        own, theirs = self.good(name), self.good(other)
+        newest = max(own, default=0)
+        further = dict(max_steps=newest + rng.randint(1, 5), lr=rng.random())
+        kill_at = rng.randint(0, 90) if rng.random() < 0.5 else None
+        what = rng.choice(["on", "damage", "back", "back", "other", "steps", "again"])
+        if what == "damage" and len(own) > 1:
+            path = checkpoint.steps(self.run_dir(name))[0]
+            if read_whole(path):
+                self.story.append((name, f"damage {path.name}"))
+                flip(path / rng.choice([checkpoint.MODEL, checkpoint.STATE, checkpoint.CONFIG, checkpoint.MANIFEST]))
+        elif what == "back" and own:
+            further["max_steps"] = rng.choice([newest, newest + 2, max(1, newest - 3)])
+            self.session(
+                name, kill_at, resume=str(self.run_dir(name) / checkpoint.name_of(rng.choice([*own]))), **further
+            )
+        elif what == "other" and theirs:
+            there = self.run_dir(other) / checkpoint.name_of(rng.choice([*theirs]))
+            self.session(name, kill_at, resume=str(there), **further)
+        elif what == "steps":
+            self.session(name, kill_at, max_steps=rng.randint(1, 25))
+        elif what == "again" and self.still_possible(name):
+            self.session(name, kill_at, **self.last_command[name])
+        else:
+            self.session(name, kill_at, **further)
+
+
+def tag_of(tensors) -> int:
+    return int(tensors["ln_f.weight"][0])
+
+
+def read_whole(path) -> list[tuple[int, int]]:
+    """[(step, tag)] of a checkpoint that verifies, else []."""
+    try:
+        checkpoint.verify(path)
+    except UserError:
+        return []
+    return [(read_json(path / checkpoint.STATE)["step"], tag_of(load_file(path / checkpoint.MODEL)))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_any_sequence_leaves_the_newest_last_trained_and_nothing_lost(toy, tmp_path, capsys, tally):
+    """Train on, be killed, damage the newest, go back, start from another run, change max_steps, repeat a command."""
+    small = dict(block_size=8, n_layer=1, n_head=1, n_embd=8, batch_size=2, total_batch_tokens=16, sample_interval=0)
+    for seed in range(SEQUENCES):
+        config = replace(toy, **small, checkpoint_dir=str(tmp_path / str(seed)))
+        with pytest.MonkeyPatch.context() as patch:
+            world = World(config, patch, capsys, random.Random(seed))
+            for _ in range(8):
+                try:
+                    world.something()
+                except BaseException as error:
+                    error.add_note(f"sequence {seed}: {world.story}")
+                    raise
+        shutil.rmtree(tmp_path / str(seed), ignore_errors=True)
+    tally("sequences of saves, kills and damage", SEQUENCES)

@@ -203,7 +203,7 @@ def problems(c: TrainConfig, world=None) -> list[str]:
     if not c.eval_only:
         found += batch_problems(c, world)
     if c.fsdp and (world == 1 or c.dtype == "float16" or c.compile == "on"):
-        found.append("--fsdp is for several processes (torchrun), float32 or bfloat16, and without --compile on")
+        found.append("--fsdp is for several processes (torchrun), float32 or bfloat16, no --compile on; or --no_fsdp")
     if c.checkpoint and not c.eval_only:
         found.append("--checkpoint goes with --eval_only; to continue a run from a checkpoint use --resume")
     return found
@@ -579,7 +579,7 @@ def remembered(given: dict) -> dict:
         kept["min_lr"] = None  # nobody chose it; a tenth of the new one
     if given.get("eval_only"):
         kept["fsdp"] = False  # which serves training alone
-    news = [f"{k} {v}" for k, v in kept.items() if k not in given and v != getattr(preset, k)]
+    news = [f"{k} {v}" for k, v in kept.items() if k not in given and v not in (None, getattr(preset, k))]
     if os.environ.get("RANK", "0") == "0":
         print(f"remembered {', '.join([f'preset {preset.preset}', *news])} (from {path})", flush=True)
     return kept

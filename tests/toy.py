@@ -34,9 +34,11 @@ def vals(config):
 
 
 def as_flags(config) -> list[str]:
-    base = PRESETS["gpt2-124m"]
+    """The command line that means this configuration, and nothing that an earlier start of the run has said."""
+    base = PRESETS[config.preset]
     changed = {k: v for k, v in vars(config).items() if v is not None and v != getattr(base, k)}
-    return [part for k, v in changed.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    given = [part for k, v in changed.items() for part in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    return ["--preset", config.preset, *given]
 
 
 def start(config, *before, process_group=None, **environment):

@@ -274,6 +274,41 @@ def plot(runs, output, x="tokens", only=PANELS) -> Path:
     return Path(output)
 
 
+def plot_comparison(arms, output):
+    """compare.py's picture: validation curves, a line and a band over the seeds per arm, and the paired differences.
+
+    arms: dicts with "arm" (the name), "measure", "curve" (tokens, mean, least, greatest) and, for all but the base,
+    "difference" (mean, low and high end of its interval, both None for one seed)."""
+    fig = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(arms)), dpi=DPI, facecolor="white", layout="constrained")
+    left, right = fig.subplots(1, 2, width_ratios=(3, 2))
+    unit = {"loss": "nats per token", "bits_per_byte": "bits per byte"}[arms[0]["measure"]]
+    colors = {row["arm"]: color for row, color in zip(arms, itertools.cycle(COLORS))}
+    for row in arms:
+        tokens, mean, least, greatest = map(np.array, row["curve"])
+        left.plot(tokens, mean, color=colors[row["arm"]], linewidth=1.4, label=row["arm"], **CIRCLE)
+        left.fill_between(tokens, least, greatest, color=colors[row["arm"]], alpha=0.2, linewidth=0)
+    frame(left)
+    left.set_xlabel("training tokens")
+    left.set_ylabel(f"validation ({unit}): mean, and range over seeds")
+    left.xaxis.set_major_formatter(FuncFormatter(number))
+    left.legend(frameon=False, fontsize=9)
+    compared = [row for row in arms if "difference" in row]
+    for height, row in enumerate(reversed(compared)):
+        d, color = row["difference"], colors[row["arm"]]
+        if d["low"] is not None:
+            right.plot([d["low"], d["high"]], [height, height], color=color, linewidth=2)
+        right.plot(d["mean"], height, "o", color=color)
+    right.axvline(0, color=GREY, linewidth=1, linestyle="--")
+    right.set_yticks(range(len(compared)), [row["arm"] for row in reversed(compared)])
+    right.set_ylim(-0.7, len(compared) - 0.3)
+    right.set_xlabel(f"difference to {arms[0]['arm']} ({unit}), 95% interval\nless is better")
+    for ax in (left, right):
+        ax.grid(color="#E5E5E5", linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    save(fig, output)
+
+
 def draw_lengths(splits, ends, output):
     """A histogram of documents' lengths into the PNG `output`. `splits` has, by name, the numbers of documents by
     the lower end of their bin, in tokens and as text (JSON's keys); `ends` are the lower ends of all bins, in order."""

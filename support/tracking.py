@@ -330,10 +330,10 @@ class Progress:
             if self.bar is None:  # not before the first step, so that nothing is printed into it
                 self.bar = tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True, smoothing=0.05)
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(1)
+            self.bar.update(step - self.bar.n)
         elif self.shown and (time.monotonic() - self.last >= PLAIN_SECONDS or step == self.total):
             self.last = time.monotonic()
-            left = (self.last - self.began) / (step - self.first) * (self.total - step)
+            left = (self.last - self.began) / max(1, step - self.first) * (self.total - step)
             print(f"step {step:>{len(str(self.total))}}/{self.total}  {text}  left {duration(left)}", flush=True)
 
     def say(self, text):

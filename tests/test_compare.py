@@ -1,0 +1,205 @@
+"""compare.py: a table that says "better" only where it is more than noise, and comparisons that survive a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compare
+import report
+from compare import Arm, CompareConfig
+from report import paired
+from support.cli import UserError, run
+from toy import ROOT, as_flags
+
+# The demo's final validation loss over seeds: 3.79, 3.81, 3.83 (README), of which a pair of arms shares about a half.
+SEED_NOISE, OWN_NOISE = 0.02, 0.02
+
+
+def simulated(rng, truth, seeds=3, arms=1):
+    """Final losses of a base and of `arms` arms whose true difference to it is `truth`: {arm: per seed}."""
+    shared = rng.normal(3.8, SEED_NOISE, seeds)
+    base = shared + rng.normal(0, OWN_NOISE, seeds)
+    return [paired(base, shared + truth + rng.normal(0, OWN_NOISE, seeds)) for _ in range(arms)]
+
+
+def test_an_arm_against_itself_is_no_difference_in_95_of_100_tables():
+    """A table that calls noise "better" makes people keep changes that do nothing."""
+    rng = np.random.default_rng(1)
+    tables = [simulated(rng, 0.0) for _ in range(2000)]
+    assert 0.94 <= np.mean([not any(report.holm([d["p"] for d in t])) for t in tables]) <= 0.96
+
+
+def test_several_arms_together_are_held_to_the_same_chance():
+    """Five arms at 5% each would say "better" of nothing in one table of four."""
+    rng = np.random.default_rng(2)
+    tables = [simulated(rng, 0.0, arms=5) for _ in range(1000)]
+    assert np.mean([any(report.holm([d["p"] for d in t])) for t in tables]) <= 0.055
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_smallest_difference_named_is_found_nine_times_of_ten(seeds):
+    """A table that promises to see a difference which it mostly misses."""
+    rng = np.random.default_rng(seeds)
+    error = OWN_NOISE * np.sqrt(2 / seeds)
+    truth = report.smallest_shown(error, seeds)
+    found = [report.holm([simulated(rng, -truth, seeds)[0]["p"]])[0] for _ in range(2000)]
+    assert 0.88 <= np.mean(found) <= 0.92
+
+
+@pytest.mark.parametrize("truth", [0.0, -0.1])
+def test_the_interval_covers_the_truth_in_95_of_100(truth):
+    rng = np.random.default_rng(3)
+    results = [simulated(rng, truth)[0] for _ in range(2000)]
+    assert 0.94 <= np.mean([d["low"] <= truth <= d["high"] for d in results]) <= 0.96
+
+
+def test_the_paired_test_is_scipys():
+    from scipy.stats import ttest_rel
+
+    base, arm = np.array([3.1, 3.4, 3.2, 3.3]), np.array([3.0, 3.35, 3.21, 3.1])
+    ours, theirs = paired(base, arm), ttest_rel(arm, base)
+    assert ours["p"] == pytest.approx(theirs.pvalue)
+    assert [ours["low"], ours["high"]] == pytest.approx(list(theirs.confidence_interval()))
+
+
+def test_holm_rejects_as_its_author_does():
+    """Holm 1979: the i-th smallest p is held against 0.05 / (k - i); after the first that fails all fail."""
+    assert report.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert report.holm([0.04]) == [True] and report.holm([]) == []
+
+
+def test_one_seed_gives_no_interval_and_says_so():
+    d = paired([3.0], [2.9])
+    assert d["low"] is None and "one seed" in report.verdict({"difference": d, "measure": "loss"})
+
+
+def config(**values):
+    return CompareConfig(name="c", **values)
+
+
+def test_arms_are_multiplied_by_sweeps():
+    arms = compare.all_arms(config(arm=("adamw:", "muon: --optimizer muon"), sweep=("lr=1e-3,3e-3",)))
+    assert [a.name for a in arms] == ["adamw, lr=1e-3", "adamw, lr=3e-3", "muon, lr=1e-3", "muon, lr=3e-3"]
+    assert arms[2].flags == ("--optimizer", "muon", "--lr", "1e-3")
+    assert compare.parse_arm('x: code=a.patch --sample_prompt "a b"') == Arm("x", ("--sample_prompt", "a b"), "a.patch")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(), "needs two arms"),
+        (dict(arm=("base",)), 'expected "NAME: FLAGS"'),
+        (dict(arm=("a b:", "a_b:")), "must differ"),
+        (dict(sweep=("lr",)), "expected FLAG=VALUE"),
+    ],
+)
+def test_wrong_arms_are_refused_in_one_line(values, words):
+    with pytest.raises(UserError, match=words):
+        compare.all_arms(config(**values))
+
+
+@pytest.mark.parametrize("text, expected", [("2", [1, 2]), ("1337,7", [1337, 7])])
+def test_seeds_are_a_number_or_a_list(text, expected):
+    assert compare.all_seeds(config(seeds=text)) == expected
+    for wrong in ("0", "a", "1,1", ""):
+        with pytest.raises(UserError, match="--seeds"):
+            compare.all_seeds(config(seeds=wrong))
+
+
+def test_tokens_to_a_loss_are_read_between_validations():
+    run = {"tokens": np.array([0.0, 100.0, 200.0]), "loss": np.array([4.0, 3.0, 2.5])}
+    assert report.tokens_to_reach(run, 2.75, "loss") == 150
+    assert report.tokens_to_reach(run, 2.0, "loss") is None
+
+
+@pytest.fixture
+def tiny(toy):
+    """Flags of a run of four steps on the toy corpus, with nothing that the comparison sets itself."""
+    from dataclasses import replace
+
+    c = replace(toy, max_steps=4, eval_interval=2, sample_interval=0, save_interval=2)
+    flags = as_flags(replace(c, run_name=None, checkpoint_dir="checkpoints"))
+    return flags
+
+
+PATCH = """--- a/model.py
++++ b/model.py
+@@ -1 +1,2 @@
++CHANGED = True
+ {first}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_comparison_from_command_to_report(tiny, tmp_path, capsys):
+    """Flags, a patch and an arm that diverges: each in the table; again: nothing runs, the same table."""
+    first = (ROOT / "model.py").read_text(encoding="utf-8").splitlines()[0]
+    (tmp_path / "idea.patch").write_text(PATCH.format(first=first))
+    arms = ["base:", "muon: --optimizer muon", f"idea: code={tmp_path / 'idea.patch'}", "bad: --lr 1e9"]
+    options = [x for arm in arms for x in ("--arm", arm)]
+    command = ["--name", "c", "--dir", str(tmp_path / "cs"), "--seeds", "2", *options, "--", *tiny]
+    assert compare.main(command) == 1, "one arm failed"
+    said = capsys.readouterr().out
+    folder = tmp_path / "cs" / "c"
+    rows = {row["arm"]: row for row in map(json.loads, (folder / "report.jsonl").read_text().splitlines())}
+    assert rows["idea"]["values"] == rows["base"]["values"], "the patch changes no number"
+    assert "CHANGED" in (folder / "code" / "idea" / "model.py").read_text(encoding="utf-8")
+    assert rows["muon"]["difference"]["seeds"] == 2 and rows["muon"]["values"] != rows["base"]["values"]
+    assert "nan" in rows["bad"]["failed"]["1"] and "bad: failed with seed 1" in said
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    before = (folder / "report.md").read_text()
+    stamps = {p: p.stat().st_mtime_ns for p in folder.glob("base/seed_*/*")}
+    assert compare.main(command) == 1
+    assert (folder / "report.md").read_text() == before
+    assert stamps == {p: p.stat().st_mtime_ns for p in folder.glob("base/seed_*/*")}, "finished runs run again"
+    command[command.index("muon: --optimizer muon")] = "muon: --optimizer muon --beta2 0.9"
+    with pytest.raises(UserError, match="arm 'muon' is not what it was"):
+        compare.main(command)
+
+
+def test_flags_are_checked_before_any_run(tiny, tmp_path):
+    command = ["--name", "c", "--dir", str(tmp_path / "cs"), "--arm", "base:", "--arm", "x: --lr -1", "--", *tiny]
+    with pytest.raises(UserError, match=r"arm 'x': .*lr"):
+        compare.main(command)
+    with pytest.raises(UserError, match="--seed: set by the comparison"):
+        compare.main([*command[:-1], "--seed", "3"])
+    assert not list((tmp_path / "cs").rglob("metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_random_moments_gives_the_same_table(tiny, tmp_path, tally):
+    """A kill of the comparison itself: its runs end too, and the same command goes on to the same numbers."""
+    rng = np.random.default_rng(0)
+    options = ["--seeds", "2", "--arm", "base:", "--arm", "muon: --optimizer muon", "--jobs", "2", "--", *tiny]
+
+    def start(folder):
+        command = [sys.executable, str(ROOT / "compare.py"), "--name", "c", "--dir", str(folder), *options]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+
+    def values(folder):
+        rows = map(json.loads, (Path(folder) / "c" / "report.jsonl").read_text().splitlines())
+        return [(row["arm"], row["values"], row.get("difference")) for row in rows]
+
+    assert start(tmp_path / "undisturbed").wait(timeout=200) == 0
+    for _ in range(10):
+        process = start(tmp_path / "killed")
+        time.sleep(rng.uniform(2, 8))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        tally("comparisons killed")
+    assert start(tmp_path / "killed").wait(timeout=200) == 0
+    assert values(tmp_path / "killed") == values(tmp_path / "undisturbed")
+
+
+def test_a_mistake_is_one_line(capsys):
+    assert run(lambda: compare.main(["--name", "a/b", "--arm", "x:", "--arm", "y:"])) == 2
+    assert capsys.readouterr().err.count("\n") == 1

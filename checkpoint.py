@@ -240,7 +240,7 @@ def find_checkpoint(path=None, runs=DEFAULT_DIR) -> Path:
         return path
     if path.is_dir() and (found := newest(path, NEEDED)):
         return found
-    raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's name or directory, or one of its step_* "
+    raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or name, or one of its step_* "
                     "checkpoints, best or latest")  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_a_checkpoint_by_its_runs_name_and_by_best_and_latest(run_dir, tmp_path,
     (run / "best.json").unlink()
     with pytest.raises(UserError, match=r"best\.json: cannot be read"):
         checkpoint.find_checkpoint("mine/best")
-    with pytest.raises(UserError, match="yours: does not exist; expected a run's name or directory"):
+    with pytest.raises(UserError, match="yours: does not exist; expected a run's directory or name"):
         checkpoint.find_checkpoint("yours")
 
 

@@ -145,6 +145,33 @@ def test_standard_errors_by_hand():
     assert (summary["examples"], summary["truncated"]) == (7, 2)
 
 
+def test_an_empty_context_is_the_end_of_text():
+    """The first token of an ending needs one before it: any other token would be a context that nobody wrote."""
+
+    class Tokenizer:
+        eot_token = 7
+
+        def encode_batch(self, texts):
+            return [[ord(c) for c in text] for text in texts]
+
+    examples = [simple_example(ctx="")]
+    assert [context for context, _ in hs.render_completion(examples, Tokenizer())[0]] == [[7]] * 4
+
+
+def test_another_models_text_begins_with_its_first_token():
+    """Llama's is not its end of text, by which the first word of a text would be less likely."""
+
+    class Theirs:
+        eos_token_id, bos_token_id = 2, 1
+
+        def __call__(self, text):
+            return {"input_ids": []}
+
+    assert hs.HFTokenizer(Theirs()).eot_token == 1
+    Theirs.bos_token_id = None
+    assert hs.HFTokenizer(Theirs()).eot_token == 2
+
+
 def test_one_example_has_no_spread():
     """A division by n - 1 = 0, on --limit 1."""
     scores = hs.Scores(np.array([0]), {"completion": np.zeros((1, 4))}, {"completion": np.ones((1, 4))}, 0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -219,7 +220,8 @@ def test_seed_decides(model):
     """Same seed, same text; and sample 1 of seed 0 is not sample 0 of seed 1, as with seed + i."""
     first = columns(generate(model, [9], PLAIN, 20, 2, seed=0))
     assert first == columns(generate(model, [9], PLAIN, 20, 2, seed=0))
-    assert first[1] != columns(generate(model, [9], PLAIN, 20, 1, seed=1))[0]
+    other = columns(generate(model, [9], PLAIN, 20, 1, seed=1))[0]
+    assert first[0] != other and first[1] != other
     assert columns(generate(model, [9], PLAIN, 20, 1, seed=-(2**70)))  # any integer
 
 
@@ -445,6 +447,16 @@ def test_alone_it_shows_every_preset_on_the_default_prompt(command, monkeypatch)
         assert f"=== {name} (temperature" in out and f"{name}: " in err
     assert out.count("The sea") == 3
     assert "toy/step_00000007" in err and "tokens/s" in err and "first after" in err
+
+
+def test_statistics_count_tokens_and_seconds(command, monkeypatch):
+    """Seconds a token shown as tokens a second look plausible for a small model."""
+    looks = iter(range(100))
+    clock = types.SimpleNamespace(perf_counter=lambda: next(looks) / 4)
+    monkeypatch.setattr(inference, "time", clock)
+    _, out, err = command("--preset", "greedy", "--prompt", "a", "--max_new_tokens", "3", "--json")
+    count = json.loads(out)["tokens"]
+    assert f"greedy: {count} tokens, {count / 0.5:.1f} tokens/s, first after 250 ms\n" in err
 
 
 def test_the_fast_form_is_for_float32_on_a_cpu(command, monkeypatch):

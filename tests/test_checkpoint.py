@@ -209,6 +209,7 @@ def test_files_follow_the_umask(tmp_path, byte_tokenizer):
         (lambda t: t.update({"ln_f.weight": torch.ones(9)}), r"ln_f.weight is F32 \[9\], expected F32 \[8\]"),
         (lambda t: t.update({"ln_f.weight": torch.ones(8).half()}), r"ln_f.weight is F16"),
         (lambda t: t["ln_f.weight"].fill_(float("nan")), "ln_f.weight holds NaN"),
+        (lambda t: t["ln_f.weight"].fill_(float("inf")), "ln_f.weight holds NaN or Inf"),
     ],
 )
 def test_a_wrong_tensor_is_refused_by_name(run_dir, change, words):

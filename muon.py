@@ -78,13 +78,20 @@ class Muon(torch.optim.AdamW):
         for (parts, *shape), members in same.items():
             steps = orthogonalize_together(torch.cat([direction for _, direction in members]))
             for (p, _), step in zip(members, steps.split(parts)):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(laid_out_like(p, step.flatten(0, 1)), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                decayed = p * (1 - group["lr"] * group["weight_decay"])
+                step = laid_out_like(p, step.flatten(0, 1))
+                self.replace(p, decayed.add_(step, alpha=-0.2 * max(shape) ** 0.5 * group["lr"]))
+
+    def replace(self, old, new):
+        """Writes `new` over `old`, unless AdamW's found_inf asks for no update; the device decides that."""
+        skip = getattr(self, "found_inf", None)
+        old.copy_(new if skip is None else torch.where(skip > 0, old, new))
 
     def direction(self, p):
         """Nesterov's momentum of the gradient, whole where it is sharded."""
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        average = state["momentum_buffer"].lerp_(p.grad, 1 - self.momentum)
+        average = state["momentum_buffer"].lerp(p.grad, 1 - self.momentum)
+        self.replace(state["momentum_buffer"], average)
         return gathered(p.grad.lerp(average, self.momentum))

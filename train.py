@@ -14,6 +14,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -369,13 +371,14 @@ def facts(c: TrainConfig, net: Net, data: Data) -> dict:
 def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     """One update from one global batch: accumulate, reduce, clip, check, step.
 
-    Returns the position after it, its row of metrics, and whether any rank wants to stop. UserError, with nothing
-    updated, if the loss or the gradient is not finite."""
-    net.step_model.train()
+    Returns the position after it and the step, launched: on a GPU the work may still be going on, and `Launched.read`
+    waits for its numbers. Nothing is updated from a loss or a gradient that is not finite, or from one of zeros."""
+    if not net.model.training:
+        net.step_model.train()
     loss_sum = torch.zeros((), device=rt.device)
     for micro, (x, y) in enumerate(zip(batch.x, batch.y)):
-        # dropout's masks are a function of the position, so nothing that draws numbers elsewhere can move them
-        torch.manual_seed(int(key64(c.seed, at.step, micro, rt.rank)[0]) % 2**63)
+        if c.dropout:  # the masks are a function of the position, so nothing that draws numbers elsewhere can move them
+            torch.manual_seed(int(key64(c.seed, at.step, micro, rt.rank)[0]) % 2**63)
         with runtime.sync_gradients(net.step_model, now=micro == len(batch.x) - 1):  # once a step
             with rt.autocast():
                 loss = net.step_model(x, y)
@@ -385,21 +388,85 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     net.scaler.unscale_(net.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(net.model.parameters(), c.grad_clip or math.inf)
     norm = norm.full_tensor() if c.fsdp else norm
-    total, checksum, stop = rt.sum(loss_sum, batch.checksum, rt.stop_asked())
-    loss, norm, lr = total / batch.n_targets, float(norm), lr_at(at.step, c)
-    # fp16's scaler finds its scale by overshooting now and then: it skips such an update itself
-    if not (math.isfinite(loss) and (math.isfinite(norm) or net.scaler.is_enabled())):
-        raise UserError(
-            f"step {at.step + 1}: loss {loss}, gradient norm {norm} at lr {lr:.3g}, samples {batch.start} to "
-            f"{batch.start + c.global_batch - 1}; the update was not applied. Lower --lr, or look at that data"
-        )
+    sums = rt.sum_later(loss_sum, batch.checksum, rt.stop_asked())
+    bad = ~(norm.isfinite() & sums[0].isfinite().to(norm.device)) | (norm == 0)
+    lr = lr_at(at.step, c)
     for group in net.optimizer.param_groups:
         group["lr"] = lr
-    net.scaler.step(net.optimizer)
+    runtime.update(net.optimizer, skip=bad)
     net.scaler.update()
     net.optimizer.zero_grad(set_to_none=True)
     at = Position(at.step + 1, at.samples_seen + c.global_batch, at.seconds)
-    return at, {"loss": loss, "lr": lr, "grad_norm": norm, "checksum": int(checksum)}, stop > 0
+    numbers = rt.read_later(torch.cat([sums, norm.to(sums).reshape(1)]))
+    return at, Launched(at, lr, batch.start, batch.n_targets, net.scaler.is_enabled(), numbers)
+
+
+@dataclass
+class Launched:
+    """A step whose numbers may not be known yet."""
+
+    at: Position  # after it
+    lr: float
+    start: int  # number of the batch's first window
+    n_targets: int
+    scaled: bool  # whether fp16's scaler is on
+    numbers: Callable  # waits for the device; returns sum of losses, checksum, stops asked for, gradient norm
+
+    def read(self):
+        """(row of metrics, whether any rank wants to stop). UserError where the step was not applied; but fp16's
+        scaler finds its scale by overshooting now and then, and that step is only marked as skipped."""
+        total, checksum, stop, norm = self.numbers()
+        loss = total / self.n_targets
+        row = {"loss": loss, "lr": self.lr, "grad_norm": norm, "checksum": int(checksum)}
+        if self.scaled and math.isfinite(loss) and not math.isfinite(norm):
+            return row | {"grad_norm": None, "skipped": True}, stop > 0  # JSON has no infinity
+        if not (math.isfinite(loss) and math.isfinite(norm)) or norm == 0:
+            raise UserError(
+                f"step {self.at.step}: loss {loss}, gradient norm {norm} at lr {self.lr:.3g}, samples {self.start} to "
+                f"{self.at.samples_seen - 1}; the update was not applied. Lower --lr, or look at that data"
+            )
+        return row, stop > 0
+
+
+def refuse_wrong_products(c: TrainConfig, rt, net: Net):
+    """UserError where one micro-batch has another loss or gradient than in the plain way: eager, and on MPS in float32.
+
+    torch 2.11 compiled the gradients of an earlier version of this model to zeros, and on MPS it had wrong products in
+    half precision (pytorch issue 180776); the loss looked right. Nothing of this is left behind."""
+    step_model = getattr(net.step_model, "module", net.step_model)  # DDP's
+    half = rt.device.type == "mps" and rt.dtype != "float32"
+    if step_model is net.model and not half:
+        return
+    tokens = (
+        torch.arange(c.batch_size * (c.block_size + 1), device=rt.device) * 7919 % net.model.config.valid_vocab_size
+    )
+    tokens = tokens.view(c.batch_size, -1)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def both(model, precision):
+        with precision:
+            loss = model(x, y) / y.numel()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in net.model.parameters()])
+        net.optimizer.zero_grad(set_to_none=True)
+        return float(loss), float(norm)
+
+    net.step_model.train()
+    kept = net.model.grad_checkpoint
+    with torch.random.fork_rng([rt.device] if rt.device.type == "cuda" else []):
+        loss, norm = both(step_model, rt.autocast())
+        net.model.grad_checkpoint = True  # the eager way takes more memory, so it keeps less
+        try:
+            plain_loss, plain_norm = both(net.model, nullcontext() if half else rt.autocast())
+        finally:
+            net.model.grad_checkpoint = kept
+    far = 0.5 if c.dropout else 0.02 if rt.dtype == "float32" else 0.1  # dropout: other masks in each way
+    if not (plain_norm / (1 + far) <= norm <= plain_norm * (1 + far) and abs(loss - plain_loss) <= far * plain_loss):
+        raise UserError(
+            f"torch {torch.__version__} computes a wrong training step here: loss {loss:.4f} and gradient norm "
+            f"{norm:.4g}, where {'float32' if half else 'eager code'} gives {plain_loss:.4f} and {plain_norm:.4g}; "
+            f"add {'--dtype float32' if half else '--compile off'}, or use another version of torch"
+        )
 
 
 # ---------------------------------------------------------------------------------------
@@ -502,6 +569,8 @@ def train(config: TrainConfig) -> dict:
                 return log.summary(at)
             saver.check_space(net)
             log.begin(at, saver.changed)
+            refuse_wrong_products(c, rt, net)
+            launched = []  # steps whose numbers are not read yet
             order = (c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
             loader = FineWebDataLoader(data.train, *order)
             try:
@@ -522,12 +591,20 @@ def train(config: TrainConfig) -> dict:
                         if at.step >= c.max_steps:
                             break
                         began = time.perf_counter()
-                        at, row, stop = train_step(c, rt, net, next(batches), at)
+                        at, step = train_step(c, rt, net, next(batches), at)
+                        launched.append(step)
+                        # on a GPU the numbers of a step are read while it works on the next, unless something is due
+                        unread = rt.device.type == "cuda" and not (saver.due(at) or log.anything_due(at))
+                        known = [launched.pop(0) for _ in range(len(launched) - unread)]
+                        read = [step.read() for step in known]
                         at.seconds += time.perf_counter() - began
-                        log.train(row, at)
-                        if stop:
+                        for step, (row, _) in zip(known, read):
+                            log.train(row, step.at)
+                        if any(stop for _, stop in read):
                             raise runtime.Stopped
             except runtime.Stopped:
+                for step in launched:
+                    log.train(step.read()[0], step.at)
                 saver.save(net, at, log)
                 signal = max(rt.gather(rt.signals.received))
             saver.wait(log)

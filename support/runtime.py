@@ -179,6 +179,17 @@ def sync_gradients(model, now):
     return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
+def update(optimizer, skip):
+    """optimizer.step(), or nothing at all where `skip`, a bool tensor with one element, is true. A fused optimizer
+    decides that on the device, so that nobody waits for it."""
+    parameters = optimizer.param_groups[0]["params"]
+    if optimizer.defaults.get("fused") and not is_sharded(parameters[0]):
+        optimizer.found_inf = skip.float()  # by this name torch's scaler for fp16 tells an optimizer to skip
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
+
+
 def autocast(device, dtype):
     """Context in which matrix products run in `dtype` ("float32": as they are)."""
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
@@ -220,6 +231,27 @@ class Runtime:
     def sum(self, *values) -> list[float]:
         """Each value (number or one-element tensor) summed over ranks, in float64."""
         return self.reduce(torch.tensor([float(v) for v in values], dtype=torch.float64)).tolist()
+
+    def sum_later(self, *values):
+        """`sum` as one float64 tensor where the gradients are: on a GPU nobody waits for it."""
+        device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
+        options = dict(dtype=torch.float64, device=device)
+        parts = [v.to(**options) if torch.is_tensor(v) else torch.full((), float(v), **options) for v in values]
+        return self.reduce(torch.stack(parts))
+
+    def read_later(self, tensor):
+        """A function that returns the tensor's values as a list; only its call waits for a GPU."""
+        if self.device.type != "cuda":
+            values = tensor.tolist()
+            return lambda: values
+        copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy is in pinned memory
+        done.record()
+
+        def read():
+            done.synchronize()
+            return copy.tolist()
+
+        return read
 
     def reduce(self, tensor):
         """The tensor summed over ranks."""

@@ -60,7 +60,10 @@ class Log:
 
     def finished(self, at) -> bool:
         """Whether nothing is left to do."""
-        return at.step >= self.c.max_steps and not any(self.due(k, at) for k in ("val", "hellaswag", "sample"))
+        return at.step >= self.c.max_steps and not self.anything_due(at)
+
+    def anything_due(self, at) -> bool:
+        return any(self.due(kind, at) for kind in ("val", "hellaswag", "sample"))
 
     def say(self, text):
         self.progress.say(text)
@@ -79,7 +82,8 @@ class Log:
         epoch = round(at.samples_seen / self.facts["n_windows"], 4)
         self.row("train", at, **values, samples_seen=at.samples_seen, epoch=epoch, tokens_per_second=round(rate),
                  mfu=mfu and round(mfu, 4), memory=self.rt.memory())  # fmt: skip
-        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {rate:,.0f} tok/s"
+        norm = "skipped" if values.get("skipped") else f"norm {values['grad_norm']:.2f}"
+        text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {norm}  {rate:,.0f} tok/s"
         self.progress.update(at.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
 
     def val(self, values, at):

@@ -26,7 +26,7 @@ import torch
 
 from checkpoint import find_checkpoint, load_model
 from model import KVCache
-from support.runtime import autocast, keep_freed_memory, memory_advice, pick_device, pick_dtype
+from support.runtime import attention_of_any_shape, autocast, memory_advice, pick_device, pick_dtype, tune
 from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"
@@ -202,7 +202,8 @@ def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, sto
     model.eval()
     try:
         for step in range(max_new_tokens):
-            x = model.features(torch.tensor(feed, device=device), cache=cache)  # (1, T, C), later (B, 1, C)
+            with attention_of_any_shape():
+                x = model.features(torch.tensor(feed, device=device), cache=cache)  # (1, T, C), later (B, 1, C)
             logits = model.logits(x[:, -1])  # (B, V)
             if step == 0:  # one prefill for all
                 cache.repeat(num_samples)
@@ -524,8 +525,7 @@ def main(argv=None):
     path = find_checkpoint(args.checkpoint)
     model, tokenizer = load_model(path, device)
     print(f"checkpoint {path.parent.name}/{path.name} on {device}", file=sys.stderr)
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune(device)
     with memory_advice("on the device; lower --num_samples or --max_new_tokens"):
         if device.type == "cpu" and dtype == "float32":
             for_cpu(model)

@@ -143,6 +143,7 @@ class TrainConfig:
                       choices=("auto", *runtime.DTYPES))  # fmt: skip
     compile: str = flag("auto", "torch.compile the training step; auto: on CUDA with Triton", unit="when",
                         choices=("auto", "on", "off"))  # fmt: skip
+    deterministic: bool = flag(False, "on CUDA: the same bits whenever the same run is repeated or resumed; slower")
     fsdp: bool = flag(False, "shard weights, gradients and optimizer state: for models that outgrow one device")
     timeout: float = flag(1800.0, "that a process waits for another before the run fails", at_least=1, unit="seconds")
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, about a third slower")
@@ -449,7 +450,7 @@ def refuse_wrong_products(c: TrainConfig, rt, net: Net):
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in net.model.parameters()])
         net.optimizer.zero_grad(set_to_none=True)
-        return float(loss), float(norm)
+        return float(loss.detach()), float(norm)
 
     net.step_model.train()
     kept = net.model.grad_checkpoint
@@ -550,7 +551,7 @@ def train(config: TrainConfig) -> dict:
 
     Returns its summary: run_dir, step, tokens, val_loss, perplexity, and `signal` if one ended it early."""
     c, signal = config, 0
-    with runtime.start(c.device, c.dtype, c.timeout) as rt:
+    with runtime.start(c.device, c.dtype, c.timeout, c.deterministic) as rt:
         refuse_problems(c, rt)
         if c.eval_only:
             return evaluate_only(c, rt)

@@ -82,10 +82,9 @@ def pick_dtype(name, device) -> str:
 
 
 def pick(device, dtype) -> tuple[torch.device, str]:
-    """Both, for a script that is not a run: a CPU's heap keeps its pages from here on."""
+    """Both, for a script that is not a run; `tune` is called too."""
     device = pick_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune(device)
     return device, pick_dtype(dtype, device)
 
 
@@ -154,11 +153,14 @@ def shard(model, rt, blocks, entries):
     """FSDP2 (Zhao et al. 2023): each rank keeps its part of every tensor of `model` and gathers that of one of its
     `blocks` when it is used. entries: names of the methods besides forward by which the model is entered."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(rt.device.type, (rt.world,))
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh)
+    half = None if rt.dtype == "float32" else DTYPES[rt.dtype]  # a block's weights travel as its products need them
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
     for method in entries:
         register_fsdp_forward_method(model, method)
     return model
@@ -166,7 +168,10 @@ def shard(model, rt, blocks, entries):
 
 def replicate(model, rt):
     """DDP: each rank keeps all of the model, and a backward pass averages the gradients. One process: the model."""
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if rt.world > 1 else model
+    if rt.world == 1:
+        return model
+    # buffers (RoPE's angles) are constants: nothing is to be sent before each forward pass
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def sync_gradients(model, now):
@@ -191,7 +196,7 @@ def update(optimizer, skip):
 
 
 def autocast(device, dtype):
-    """Context in which matrix products run in `dtype` ("float32": as they are)."""
+    """Context in which matrix products run in `dtype` ("float32": as they are, see `tune`)."""
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
 
 
@@ -241,17 +246,22 @@ class Runtime:
 
     def read_later(self, tensor):
         """A function that returns the tensor's values as a list; only its call waits for a GPU."""
-        if self.device.type != "cuda":
-            values = tensor.tolist()
-            return lambda: values
-        copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # the copy is in pinned memory
-        done.record()
+        copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory
+        wait = self.so_far()
 
         def read():
-            done.synchronize()
+            wait()
             return copy.tolist()
 
         return read
+
+    def so_far(self):
+        """A function that waits until a GPU has done what it has been asked to do so far."""
+        if self.device.type != "cuda":
+            return lambda: None
+        done = torch.cuda.Event()
+        done.record()
+        return done.synchronize
 
     def reduce(self, tensor):
         """The tensor summed over ranks."""
@@ -322,22 +332,56 @@ def peak_flops(device_name) -> float | None:
     return None
 
 
-def start(device="auto", dtype="auto", timeout=1800) -> Runtime:
+def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Runtime:
     """Joins the process group if torchrun started this process (gloo on CPU, nccl on CUDA). A process that
-    waits `timeout` seconds for another gives up."""
+    waits `timeout` seconds for another gives up; with nccl, torch's watchdog then ends the process itself.
+    deterministic: the same bits from the same commands on CUDA too, see `be_deterministic`."""
+    if deterministic:
+        be_deterministic()
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(device)
     if device.type == "cuda":
         if device.index is None:
             device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # what stays in fp32 may use TF32
-    else:
-        keep_freed_memory()
+    tune(device)
     if world > 1:
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
         dist.init_process_group(backend, store=store_of_attempt(timeout), rank=rank, world_size=world, timeout=timeout)
     return Runtime(device, pick_dtype(dtype, device), rank, local, world)
+
+
+def tune(device):
+    """Settings of torch and of the C library that make every program here faster. On CUDA, products of float32
+    tensors may use TF32, which rounds their inputs to 10 bits; on a CPU the heap keeps its pages."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+
+
+def be_deterministic():
+    """From here on CUDA gives the same bits for the same work: no atomic additions, attention and products by
+    algorithms that repeat their sums, and no tuning by the clock in the compiler. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
+    import torch._inductor.config as compiler  # here: a second of imports that most programs need not pay
+
+    if hasattr(compiler, "deterministic"):
+        compiler.deterministic = True
+
+
+@contextmanager
+def attention_of_any_shape():
+    """Context for attention whose shapes differ from call to call. cuDNN's kernel plans each new shape for some
+    30 ms, and a cache of keys is one longer with each token; so another kernel is taken. No effect off CUDA."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def store_of_attempt(timeout):
@@ -366,6 +410,7 @@ def keep_freed_memory():
 
 
 def stop():
+    torch.use_deterministic_algorithms(False)
     if dist.is_initialized():
         dist.destroy_process_group()
 

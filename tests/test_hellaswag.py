@@ -325,8 +325,8 @@ def test_an_ending_without_tokens_is_named(model, tokenizer):
     class Strips:
         eot_token = 256
 
-        def encode_batch(self, texts):
-            return tokenizer.encode_batch([text.strip() for text in texts])
+        def encode_arrays(self, texts):
+            return tokenizer.encode_arrays([text.strip() for text in texts])
 
     good, empty = simple_example(), simple_example(endings=["a", "b", "[step]", "d"])
     with pytest.raises(UserError, match="example 1 has an ending without tokens"):
@@ -358,8 +358,8 @@ class Merging:
 
     eot_token = 0
 
-    def encode_batch(self, texts):
-        return [[ord(c) for c in text.replace("s x", "€")] for text in texts]
+    def encode_arrays(self, texts):
+        return [np.array([ord(c) for c in text.replace("s x", "€")]) for text in texts]
 
 
 def test_harness_cuts_where_the_context_alone_ends():

@@ -350,6 +350,93 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
     assert checkpoint.steps(toy.run_dir)[0].name == "step_00000005"
 
 
+def test_a_gradient_of_zeros_stops_before_the_update(toy, monkeypatch):
+    """Bug: a compiler that loses the gradient (torch 2.11) trains for days with a correct loss that never falls."""
+    real = train_module.train_step
+
+    def without_gradient(c, rt, net, batch, at):
+        hook = net.model.register_forward_hook(lambda m, i, loss: loss.register_hook(lambda g: g * 0) and None)
+        before = [p.detach().clone() for p in net.model.parameters()]
+        try:
+            return real(c, rt, net, batch, at)
+        finally:
+            hook.remove()
+            assert all(torch.equal(a, b) for a, b in zip(before, net.model.parameters()))
+
+    monkeypatch.setattr(train_module, "train_step", without_gradient)
+    with pytest.raises(UserError, match=r"step 1: .* gradient norm 0.0 .* samples 0 to 7; the update was not applied"):
+        train(toy)
+    assert not checkpoint.steps(toy.run_dir)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_overflow_of_fp16s_scale_skips_the_update_and_says_so(toy, monkeypatch, optimizer):
+    """Bugs: the weights, Muon's momentum or AdamW's averages take part in a skipped step; Infinity in metrics.jsonl,
+    which is not JSON. float16 is not for CPUs, but its scaler works there."""
+    real_build, real_step, unmoved = train_module.build, train_module.train_step, []
+
+    def build(c, rt, vocabulary):
+        net = real_build(c, rt, vocabulary)
+        return replace(net, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127))
+
+    def step(c, rt, net, batch, at):
+        def now():
+            return {
+                name: t for file in checkpoint.snapshot(net.model, net.optimizer).values() for name, t in file.items()
+            }
+
+        before, result = now(), real_step(c, rt, net, batch, at)
+        unmoved.append(all(torch.equal(t, before.get(name, t * 0)) for name, t in now().items()))
+        return result
+
+    monkeypatch.setattr(train_module, "build", build)
+    monkeypatch.setattr(train_module, "train_step", step)
+    train(replace(toy, optimizer=optimizer, max_steps=10, dropout=0.0, sample_interval=0))
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    lines = (toy.run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in (json.loads(line, parse_constant=refuse) for line in lines) if row["kind"] == "train"]
+    skipped = [row.get("skipped", False) for row in rows]
+    assert skipped == unmoved and 1 <= sum(skipped) < 10
+    assert all(row["grad_norm"] is None for row in rows if row.get("skipped"))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+class Compiled(torch.nn.Module):
+    """What stands in for a compiled model: the model, and a factor for its gradient."""
+
+    def __init__(self, model, factor):
+        super().__init__()
+        self.model, self.factor = model, factor
+
+    def forward(self, x, y):
+        loss = self.model(x, y)
+        loss.register_hook(lambda g: g * self.factor)
+        return loss
+
+
+@pytest.mark.parametrize("dropout, factor", [(0.0, 0), (0.0, 1.1), (0.1, 0), (0.1, 2)])
+def test_a_compiler_that_is_wrong_is_refused_before_the_first_step(toy, monkeypatch, dropout, factor):
+    """Bug: torch 2.11 compiled every gradient to zero, and nothing said so."""
+    monkeypatch.setattr(torch, "compile", lambda model: Compiled(model, factor))
+    with pytest.raises(UserError, match=rf"torch {re.escape(torch.__version__)} computes .*--compile off"):
+        train(replace(toy, compile="on", dropout=dropout, eval_interval=0))
+    assert losses(toy) == []
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_check_of_the_compiler_moves_no_number(toy, monkeypatch, dropout):
+    """Bugs: its gradients stay, its dropout moves the random stream, the model keeps its mode."""
+    toy = replace(toy, dropout=dropout, max_steps=10)
+    train(toy)
+    monkeypatch.setattr(torch, "compile", lambda model: Compiled(model, 1))
+    again = replace(toy, run_name="again", compile="on")
+    train(again)
+    assert trace(again) == trace(toy)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_between_two_steps_saves_and_gives_its_exit_code(toy, number, monkeypatch, capsys):
     real, steps = train_module.train_step, []

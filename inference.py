@@ -17,7 +17,6 @@ import select
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from itertools import takewhile
 
 from support.cli import UserError, flag, parse, range_problems, run  # isort: split
@@ -26,14 +25,21 @@ import torch
 
 from checkpoint import find_checkpoint, load_model
 from model import KVCache
-from support.runtime import attention_of_any_shape, autocast, memory_advice, pick_device, pick_dtype, tune
+from support.runtime import (
+    attention_of_any_shape,
+    autocast,
+    memory_advice,
+    pick_device,
+    pick_dtype,
+    sample_faster,
+    tune,
+)
 from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"
 PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
 MOST_NUCLEI = 1024  # tokens that hold most nuclei; a sort of 50,257 would take 8 to 15% of a token's time on a CPU
-SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
 UNFINISHED = "\ufffd"  # decoding gives it for bytes that are not, or not yet, a character
 WINDOW = 4  # tokens that decide how the next one decodes; a character has at most 4 bytes
 
@@ -148,37 +154,6 @@ def new_cache(model, capacity):
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return KVCache(model.config, 1, capacity, weight.device, dtype)
-
-
-def multiply(x, weight, bias=None):
-    """F.linear in as many parts as there are threads: x (..., K), weight (N, K) -> (..., N).
-
-    A product with one or a few vectors takes as long as reading the matrix, and MKL leaves it to one thread (or two
-    that gain nothing); but a batch of products it shares out. So each thread gets its part of the rows. A small
-    matrix is read before another thread is awake."""
-    if weight.numel() < SHARED:
-        return torch.nn.functional.linear(x, weight, bias)
-    parts = weight.unflatten(0, (math.gcd(len(weight), torch.get_num_threads()), -1))  # (S, N/S, K)
-    y = torch.bmm(x.reshape(1, -1, x.size(-1)).expand(len(parts), -1, -1), parts.mT)  # (S, rows of x, N/S)
-    y = y.transpose(0, 1).reshape(*x.shape[:-1], len(weight))
-    return y if bias is None else y + bias
-
-
-def for_cpu(model):
-    """Makes a model sample faster on a CPU in float32, in place; its values, modules and shapes stay. Returns it.
-
-    Products are shared over the threads, and matrices that are not wider than high are stored by columns: a thread
-    reads rows of 768 channels at 15 GB/s, columns at 24 (AMD Milan, torch 2.13 with MKL). Not for a model in
-    training: the optimizer's state and DDP's buckets have the other layout."""
-    for p in model.parameters():
-        if p.dim() == 2 and p.size(0) >= p.size(1):
-            p.data = p.data.t().contiguous().t()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.forward = partial(multiply, weight=module.weight, bias=module.bias)
-    valid = model.config.valid_vocab_size  # rarely divides by anything; all rows of the embedding do
-    model.logits = lambda x: multiply(x, model.wte.weight)[..., :valid]
-    return model
 
 
 @torch.no_grad()  # torch enters it anew for each step: the caller's code in between is outside
@@ -518,7 +493,8 @@ def main(argv=None):
     args = parse_args(argv)
     presets, prompt = presets_of(args), read_prompt(args)
     device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    # bfloat16 products with one vector are slower on CPUs, with AMX too (benchmarks/RESULTS.md)
+    dtype = pick_dtype("float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype, device)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
         with contextlib.suppress(AttributeError):  # a notebook's streams are none of the system's
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -527,8 +503,7 @@ def main(argv=None):
     print(f"checkpoint {path.parent.name}/{path.name} on {device}", file=sys.stderr)
     tune(device)
     with memory_advice("on the device; lower --num_samples or --max_new_tokens"):
-        if device.type == "cpu" and dtype == "float32":
-            for_cpu(model)
+        sample_faster(model, dtype)
         with torch.inference_mode(), autocast(device, dtype):  # without autograd's bookkeeping of views
             if args.interactive:
                 converse(model, tokenizer, presets, args)

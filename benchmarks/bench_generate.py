@@ -31,7 +31,7 @@ import export_hf
 import inference
 from checkpoint import load_model
 from model import GPT, GPTConfig
-from support.runtime import DTYPES, autocast, pick, versions
+from support.runtime import DTYPES, autocast, pick, sample_faster, versions
 
 READ_BYTES = 2**29  # far more than caches hold
 SIDE = 2048  # of the square matrices
@@ -175,7 +175,7 @@ def load(args, device, dtype):
     most = plain.config.block_size
     if args.prompt_tokens + args.new_tokens > most:
         raise UserError(f"{args.prompt_tokens} + {args.new_tokens} tokens exceed the context of {most}")
-    fast = inference.for_cpu(copy.deepcopy(plain)) if (device.type, dtype) == ("cpu", "float32") else plain
+    fast = sample_faster(copy.deepcopy(plain), dtype)
     return plain, fast, hugging_face(plain, dtype)
 
 

@@ -5,7 +5,9 @@ run the same code, because every call here is also right for a world of one.
 """
 
 import ctypes
+import functools
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -46,6 +48,7 @@ PEAK_FLOPS = [
     (r"T4", 65e12),
 ]
 GIT_SECONDS = 10  # to wait for git's answer
+SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -382,6 +385,45 @@ def attention_of_any_shape():
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def sample_faster(model, dtype):
+    """Makes a model sample faster with products in `dtype`, in place; its modules and shapes stay. Returns it.
+
+    In 16 bits each matrix is stored once in the precision of its products; autocast would cast it again and again.
+    In float32 on a CPU the products are shared over the threads, and matrices that are not wider than high are
+    stored by columns: a thread reads rows of 768 channels at 15 GB/s, columns at 24 (AMD Milan, torch 2.13 with MKL).
+    Not for a model in training: the optimizer's state and DDP's buckets have the other form."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    head, product = model.wte.weight, torch.nn.functional.linear
+    if dtype != "float32":
+        head = head.detach().to(DTYPES[dtype])  # the embedding itself stays: the residual stream is float32
+        for module in linear:
+            module.weight.data = module.weight.data.to(DTYPES[dtype])
+    elif head.device.type == "cpu":
+        product = multiply
+        for p in model.parameters():
+            if p.dim() == 2 and p.size(0) >= p.size(1):
+                p.data = p.data.t().contiguous().t()
+        for module in linear:
+            module.forward = functools.partial(multiply, weight=module.weight, bias=module.bias)
+    valid = model.config.valid_vocab_size  # rarely divides by anything; all rows of the embedding do
+    model.logits = lambda x: product(x.to(head.dtype), head)[..., :valid]
+    return model
+
+
+def multiply(x, weight, bias=None):
+    """F.linear in as many parts as there are threads: x (..., K), weight (N, K) -> (..., N).
+
+    A product with one or a few vectors takes as long as reading the matrix, and MKL leaves it to one thread (or two
+    that gain nothing); but a batch of products it shares out. So each thread gets its part of the rows. A small
+    matrix is read before another thread is awake."""
+    if weight.numel() < SHARED:
+        return torch.nn.functional.linear(x, weight, bias)
+    parts = weight.unflatten(0, (math.gcd(len(weight), torch.get_num_threads()), -1))  # (S, N/S, K)
+    y = torch.bmm(x.reshape(1, -1, x.size(-1)).expand(len(parts), -1, -1), parts.mT)  # (S, rows of x, N/S)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], len(weight))
+    return y if bias is None else y + bias
 
 
 def store_of_attempt(timeout):

@@ -20,6 +20,7 @@ import torch
 import inference
 from inference import PRESETS, Sample, Sampling, TokenDecoder, choose, generate, sample_text, sample_token
 from model import GPT, GPTConfig
+from support import runtime
 from support.cli import UserError, run
 from toy import bytes_only
 
@@ -302,22 +303,22 @@ def threads():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_multiply_is_linear_for_any_number_of_threads(threads, monkeypatch, n):
     """Parts in the wrong order, or a number of rows that does not divide; and both ways to store a matrix."""
-    monkeypatch.setattr(inference, "SHARED", 0)
+    monkeypatch.setattr(runtime, "SHARED", 0)
     threads(n)
     stream = torch.Generator().manual_seed(0)
     for rows, shape in ((96, (5, 1, 7)), (7, (2, 7)), (12, (1, 3, 7))):
         weight, bias, x = (torch.randn(s, generator=stream) for s in ((rows, 7), rows, shape))
         for stored in (weight, weight.t().contiguous().t()):
             for b in (bias, None):
-                torch.testing.assert_close(inference.multiply(x, stored, b), torch.nn.functional.linear(x, weight, b))
+                torch.testing.assert_close(runtime.multiply(x, stored, b), torch.nn.functional.linear(x, weight, b))
 
 
 @pytest.mark.parametrize("norm, bias, shared", [("layernorm", True, 0), ("rmsnorm", False, 2**19)])
-def test_for_cpu_keeps_values_and_text(monkeypatch, norm, bias, shared):
+def test_the_fast_form_keeps_values_and_text(monkeypatch, norm, bias, shared):
     """Storing a matrix the other way round must not transpose it: a square one would still fit."""
-    monkeypatch.setattr(inference, "SHARED", shared)
+    monkeypatch.setattr(runtime, "SHARED", shared)
     plain = tiny_model(norm=norm, bias=bias)
-    fast = inference.for_cpu(copy.deepcopy(plain))
+    fast = runtime.sample_faster(copy.deepcopy(plain), "float32")
     for name, p in fast.named_parameters():
         assert torch.equal(p, plain.get_parameter(name))
         assert p.dim() == 1 or p.t().is_contiguous() == (not name.endswith("mlp.c_proj.weight")), name
@@ -430,7 +431,9 @@ def command(monkeypatch, capsys, model, tokenizer):
     """command(*flags) -> (exit code, stdout, stderr), with the tiny model in place of a checkpoint."""
     monkeypatch.setattr(inference, "find_checkpoint", lambda path: Path(path or "checkpoints/toy/step_00000007"))
     monkeypatch.setattr(inference, "load_model", lambda path, device: (model, tokenizer))
-    monkeypatch.setattr(inference, "for_cpu", lambda net: net)  # it alters the model, which other tests use too
+    monkeypatch.setattr(
+        inference, "sample_faster", lambda net, dtype: net
+    )  # it alters the model, which other tests use too
 
     def call(*flags):
         code = run(lambda: inference.main(["--device", "cpu", "--dtype", "float32", *flags]))
@@ -459,13 +462,24 @@ def test_statistics_count_tokens_and_seconds(command, monkeypatch):
     assert f"greedy: {count} tokens, {count / 0.5:.1f} tokens/s, first after 250 ms\n" in err
 
 
-def test_the_fast_form_is_for_float32_on_a_cpu(command, monkeypatch):
-    """In bfloat16 torch copies the weights first, and another library multiplies."""
+def test_the_fast_form_is_that_of_the_precision(command, monkeypatch):
+    """Bug: on a CPU `auto` takes bfloat16 where training does, which samples at 0.4 of the speed of float32."""
     done = []
-    monkeypatch.setattr(inference, "for_cpu", done.append)
-    for dtype, times in (("float32", 1), ("bfloat16", 1)):
-        flags = ["--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]
-        assert command(*flags)[0] == 0 and len(done) == times
+    monkeypatch.setattr(inference, "sample_faster", lambda net, dtype: done.append(dtype))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for dtype in ("auto", "float32", "bfloat16"):
+        flags = ["--device", "cpu", "--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]
+        assert command(*flags)[0] == 0
+    assert done == ["float32", "float32", "bfloat16"]
+
+
+def test_in_16_bits_the_fast_form_stores_the_weights_once_and_keeps_the_bits(model):
+    """Bugs: autocast casts every weight anew for each token; the residual stream is rounded with the weights."""
+    fast = runtime.sample_faster(copy.deepcopy(model), "bfloat16")
+    assert fast.h[0].mlp.c_fc.weight.dtype == torch.bfloat16 and fast.wte.weight.dtype == torch.float32
+    idx = torch.tensor([[1, 5, 9, 2]])
+    with torch.no_grad(), runtime.autocast(torch.device("cpu"), "bfloat16"):
+        assert torch.equal(fast(idx), model(idx))
 
 
 def test_one_stream_is_plain_text_and_equals_sample_text(command, model, tokenizer):

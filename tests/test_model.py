@@ -370,7 +370,7 @@ def loss_inputs(rows=23, ignored=6, C=16, V=40, valid=37):
 @pytest.mark.parametrize("block", [1, 8, 23, 1024])
 def test_loss_and_gradients_equal_autograd_through_cross_entropy(monkeypatch, block, ignored, scale):
     """Guards the gradient written by hand: ragged last block, rows without target, all of them, a factor behind."""
-    monkeypatch.setitem(model_file.LOSS_ROWS, "cpu", block)
+    monkeypatch.setattr(model_file, "LOSS_ROWS", block)
     x, weight, targets, valid = loss_inputs(ignored=ignored)
     ours, expected = fused_loss(x, weight, targets, valid), reference_loss(x, weight, targets, valid)
     close(ours, expected)
@@ -407,7 +407,7 @@ def test_autocast_casts_the_embedding_once_not_for_each_token():
 
 def test_loss_under_bfloat16_is_as_close_to_float32_as_autograd_is(monkeypatch):
     """Guards the softmax and the sums, which must stay float32 under autocast."""
-    monkeypatch.setitem(model_file.LOSS_ROWS, "cpu", 100)
+    monkeypatch.setattr(model_file, "LOSS_ROWS", 100)
     x, weight, targets, valid = loss_inputs(rows=1000, ignored=100, C=64, V=256, valid=250)
     with torch.no_grad():
         weight *= 0.2
@@ -432,8 +432,8 @@ def test_loss_of_bfloat16_weights_is_not_rounded_to_bfloat16():
 
 
 def test_loss_never_holds_the_whole_table_of_logits(monkeypatch):
-    """Guards the reason for the function: autograd keeps N x V logits, we keep those of one block of rows."""
-    monkeypatch.setitem(model_file.LOSS_ROWS, "cpu", 10)
+    """Guards the reason for the function: autograd keeps N x V logits, we keep LOSS_ROWS x V."""
+    monkeypatch.setattr(model_file, "LOSS_ROWS", 10)
     x, weight, targets, valid = loss_inputs(rows=100, C=4, V=64, valid=60)
     with Watch() as watch:
         fused_loss(x, weight, targets, valid).backward()
@@ -657,7 +657,7 @@ def test_compiled_gradients_equal_the_eager_ones(monkeypatch, backend, autocast)
     """Bug: torch 2.11 gives every compiled gradient as zero, beside a correct loss, where the loss changes the tensor
     that it returns in place. The compiler's first two stages show it in seconds; no code is generated."""
     torch.compiler.reset()
-    monkeypatch.setitem(model_file.LOSS_ROWS, "cpu", 50)  # 96 rows: two blocks, the second one shorter
+    monkeypatch.setattr(model_file, "LOSS_ROWS", 50)  # 96 rows: two blocks, the second one shorter
     model, idx, targets = build().train(), tokens(4, 24), tokens(4, 24, seed=2)
     targets[1, 3:7] = IGNORE
 

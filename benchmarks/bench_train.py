@@ -5,10 +5,14 @@
   transformers  its GPT-2 of the same shape: next-token loss, fused AdamW on the same parameter groups
   nanogpt       GPT and configure_optimizers of the checkout that --nanogpt names
 
-A step is forward, backward, clip and update over one micro-batch of made-up tokens. With --compile all of them are
-compiled, and ours also runs eagerly. They take turns, a large matrix product of the same dtype among them, so that
-a machine that slows down slows down all of them; ratios are medians over the turns. Ours reads its loss and gradient
-norm after each step, because train.py does; the others read nothing.
+A step is forward and backward over --accumulation micro-batches of made-up tokens, clip and update. With --compile all
+of them are compiled, and ours also runs eagerly. They take turns, a large matrix product of the same dtype among them,
+so that a machine that slows down slows down all of them; ratios are medians over the turns. Ours reads its loss and
+gradient norm, on CUDA one step late, because train.py does; the others read nothing.
+
+--loss times the loss and its gradients alone, at C channels and GPT-2's vocabulary, beside F.cross_entropy on the
+whole table of logits, which autograd keeps: both compiled, and eager. Each one's peak memory is that of a process
+of its own, without what the inputs take.
 
 FLOP/s are the model's by GPT.flops_per_token (6N + 12LCT, our N for all), as a share of the matrix product and of the
 data sheet (MFU). Memory is a contestant's own peak on CUDA; a CPU only tells the peak of the whole process.
@@ -16,10 +20,12 @@ Autocast, TF32 and, on a CPU, the heap that keeps its pages (runtime.keep_freed_
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import importlib.util
 import io
+import multiprocessing
 import os
 import statistics
 import sys
@@ -36,7 +42,7 @@ import torch
 
 import train
 from data_processing_fineweb import Batch
-from model import GPT
+from model import GPT, GPTConfig, LinearCrossEntropy
 from support import runtime
 
 CONTESTANTS = ("ours", "muon", "transformers", "nanogpt")
@@ -48,22 +54,34 @@ PRODUCT = {"cuda": 8192, "mps": 4096, "cpu": 2048}  # side of the large matrices
 # Contestants: each a function that does one step.
 
 
+def micro_batches(config) -> int:
+    return config.total_batch_tokens // (config.batch_size * config.block_size)
+
+
 def our_step(config, rt, x, y, vocab, compiled, optimizer="adamw"):
     """One batch again and again through train.train_step."""
     config = replace(config, compile="on" if compiled else "off", optimizer=optimizer)
-    net, at = train.build(config, rt, vocab), train.Position()
-    batch = Batch(0, 0, x[None], y[None], y.numel(), 0)
-    return lambda: train.train_step(config, rt, net, batch, at)
-
-
-def usual_step(rt, model, optimizer, loss, grad_clip):
-    """The step of a script with nothing to accumulate, check or log; `loss()` is the forward pass."""
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
+    net, at, launched, n = train.build(config, rt, vocab), train.Position(), [], micro_batches(config)
+    batch = Batch(0, 0, x.expand(n, *x.shape), y.expand(n, *y.shape), n * y.numel(), 0)
 
     def step():
-        with rt.autocast():
-            value = loss()
-        scaler.scale(value).backward()
+        launched.append(train.train_step(config, rt, net, batch, at)[1])
+        while len(launched) > (rt.device.type == "cuda"):
+            launched.pop(0).read()
+
+    return step
+
+
+def usual_step(config, rt, model, optimizer, loss):
+    """The step of a script with nothing to check or log; `loss()` is the forward pass."""
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16")
+    n, grad_clip = micro_batches(config), config.grad_clip
+
+    def step():
+        for _ in range(n):
+            with rt.autocast():
+                value = loss() / n
+            scaler.scale(value).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         scaler.step(optimizer)
@@ -88,7 +106,7 @@ def transformers_step(config, rt, x, y, vocab, compiled):
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=rt.device.type != "mps")
     step_model = torch.compile(model) if compiled else model
-    return usual_step(rt, model, optimizer, lambda: step_model(input_ids=x, labels=x).loss, config.grad_clip)
+    return usual_step(config, rt, model, optimizer, lambda: step_model(input_ids=x, labels=x).loss)
 
 
 def nanogpt_step(directory, config, rt, x, y, vocab, compiled):
@@ -103,7 +121,7 @@ def nanogpt_step(directory, config, rt, x, y, vocab, compiled):
         betas = (0.9, config.beta2)
         optimizer = model.configure_optimizers(config.weight_decay, config.lr, betas, rt.device.type)
     step_model = torch.compile(model) if compiled else model
-    return usual_step(rt, model, optimizer, lambda: step_model(x, y)[1], config.grad_clip)
+    return usual_step(config, rt, model, optimizer, lambda: step_model(x, y)[1])
 
 
 def makers(args) -> dict:
@@ -147,8 +165,8 @@ def timed(step, times, rt) -> float:
     return (time.perf_counter() - began) / times
 
 
-def prepare(name, make, rt, warm_up) -> Contestant:
-    """Makes a contestant and warms it up. What another's code raises costs its row, not the others'."""
+def prepare(name, make, rt, warm_up, tokens) -> Contestant:
+    """Makes a contestant and warms it up; prints a first rate. What another's code raises costs its row only."""
     one, cuda = Contestant(name), rt.device.type == "cuda"
     gc.collect()
     if cuda:
@@ -170,7 +188,9 @@ def prepare(name, make, rt, warm_up) -> Contestant:
         return one
     if cuda:
         one.memory = torch.cuda.max_memory_allocated(rt.device) - before
-    print(f"{name}: first step {one.first:.1f} s", file=sys.stderr, flush=True)
+    rate = tokens / timed(step, 1, rt)
+    size = "" if one.memory is None else f", {one.memory / 2**30:.1f} GiB"
+    print(f"{name}: first step {one.first:.1f} s, then {rate:,.0f} tokens/s{size}", flush=True)
     return one
 
 
@@ -272,12 +292,13 @@ def table(contestants, products, tokens, flops_per_token, product_flops, rt) -> 
     return "\n".join(lines)
 
 
-def bench(batch_size, args, rt):
-    """All contestants at one batch size; prints their table."""
+def bench(batch_size, accumulation, args, rt):
+    """All contestants at one micro-batch and accumulation; prints their table."""
     T, vocab = args.block_size, VOCAB["tiny" if args.tiny else args.preset]
     shape = TINY if args.tiny else {"n_layer": args.layers} if args.layers else {}
     config = replace(train.PRESETS[args.preset], **shape, batch_size=batch_size, block_size=T, dropout=args.dropout,
-                     total_batch_tokens=batch_size * T)  # fmt: skip
+                     grad_checkpoint=args.grad_checkpoint, total_batch_tokens=accumulation * batch_size * T,
+                     )  # fmt: skip
     if train.problems(config):
         raise UserError("; ".join(train.problems(config)))
     torch.manual_seed(0)
@@ -286,7 +307,7 @@ def bench(batch_size, args, rt):
         torch.compiler.reset()  # else the second batch size would be compiled for any size
     product, product_flops = large_product(rt, args.tiny)
     everyone = [
-        prepare(name, functools.partial(make, config, rt, x, y, vocab), rt, args.warm_up)
+        prepare(name, functools.partial(make, config, rt, x, y, vocab), rt, args.warm_up, config.total_batch_tokens)
         for name, make in makers(args).items()
     ]
     able = [one for one in everyone if one.step]
@@ -294,13 +315,88 @@ def bench(batch_size, args, rt):
     with torch.device("meta"):
         model = GPT(config.model_config(vocab))
     how = "compiled" if args.compile else "eager"
-    print(f"\nbatch {batch_size} x {T}, {model.num_parameters() / 1e6:.1f}M parameters, {rt.dtype}, {how}, "
-          f"{args.rounds} rounds of {args.steps_per_round} steps")  # fmt: skip
-    print(table(everyone, products, batch_size * T, model.flops_per_token(), product_flops, rt), flush=True)
+    print(f"\nbatch {batch_size} x {T} x {accumulation}, {model.num_parameters() / 1e6:.1f}M parameters, {rt.dtype}, "
+          f"{how}, {args.rounds} rounds of {args.steps_per_round} steps")  # fmt: skip
+    print(table(everyone, products, config.total_batch_tokens, model.flops_per_token(), product_flops, rt), flush=True)
     if args.profile and able:
         one = next((one for one in able if one.name == "ours"), able[0])
         rows = (model.config.vocab_size, model.config.valid_vocab_size)
         print(f"\n{one.name}, profiled\n{profile(one.step, rt, rows, args.steps_per_round)}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------
+# The loss alone.
+
+LOSSES = ("plain, compiled", "ours, compiled", "plain", "ours")
+
+
+def loss_step(name, rows, args, rt):
+    """A function that computes the loss of `rows` made-up rows and its gradients."""
+    C, V, valid = (32, 512, 500) if args.tiny else (GPTConfig.n_embd, GPTConfig.vocab_size, GPTConfig.valid_vocab_size)
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, C).to(rt.device), (0.02 * torch.randn(V, C)).to(rt.device)
+    x, weight, targets = x.requires_grad_(), weight.requires_grad_(), torch.randint(valid, (rows,)).to(rt.device)
+
+    def ours(x, weight):
+        return LinearCrossEntropy.apply(x, weight, targets, valid, True) / rows
+
+    def plain(x, weight):
+        return torch.nn.functional.cross_entropy(x @ weight.t(), targets)
+
+    function = ours if name.startswith("ours") else plain
+    function = torch.compile(function) if name.endswith("compiled") else function
+
+    def step():
+        x.grad = weight.grad = None
+        with rt.autocast():
+            loss = function(x, weight)
+        loss.backward()
+
+    return step
+
+
+def loss_memory(name, rows, args, rt) -> int:
+    """Bytes at the peak of two steps, less those before the first."""
+    if rt.device.type == "cuda":
+        step = loss_step(name, rows, args, rt)
+        timed(step, 1, rt)
+        torch.cuda.reset_peak_memory_stats(rt.device)
+        before = torch.cuda.memory_allocated(rt.device)
+        timed(step, 1, rt)
+        return torch.cuda.max_memory_allocated(rt.device) - before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(loss_memory_here, (name, rows, args, rt.dtype))
+
+
+def loss_memory_here(name, rows, args, dtype) -> int:
+    """The same in a process of its own, whose resident memory then shows this one thing."""
+    rt = runtime.Runtime(torch.device("cpu"), dtype)
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    small = copy.copy(args)
+    small.tiny = True
+    timed(loss_step(name, 64, small, rt), 1, rt)  # loads the compiler
+    step, before = loss_step(name, rows, args, rt), rt.memory()
+    timed(step, 2, rt)
+    return rt.memory() - before
+
+
+def bench_loss(rows, args, rt):
+    """All forms of the loss, turn by turn; a row each."""
+    print(f"\nloss and gradients, {rows:,} rows, {rt.dtype}, {args.rounds} rounds")
+    print(f"{'':<18}{'ms':>9}{'min':>9}{'max':>9}{'to plain, compiled':>20}{'peak MiB':>10}", flush=True)
+    steps = {name: loss_step(name, rows, args, rt) for name in LOSSES}
+    for step in steps.values():
+        timed(step, args.warm_up, rt)
+    seconds = {name: [] for name in LOSSES}
+    for _ in range(args.rounds):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, args.steps_per_round, rt))
+    del steps
+    for name, each in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(each, seconds["plain, compiled"]))
+        ms = [1e3 * f(each) for f in (statistics.median, min, max)]
+        memory = loss_memory(name, rows, args, rt) / 2**20
+        print(f"{name:<18}{ms[0]:>9.1f}{ms[1]:>9.1f}{ms[2]:>9.1f}{ratio:>20.2f}{memory:>10,.0f}", flush=True)
 
 
 @dataclass
@@ -308,6 +404,9 @@ class Config:
     preset: str = flag("gpt2-124m", "whose model", unit="name", choices=("gpt2-124m", "demo"))
     batch_size: str | None = flag(None, "per step, one or several; default: the preset's", unit="n,n")
     block_size: int | None = flag(None, "per sequence; default: the preset's", at_least=1, unit="tokens")
+    accumulation: str = flag("1", "per step, one or several", unit="n,n")
+    grad_checkpoint: bool = flag(False, "ours recomputes activations, as train.py's flag does")
+    loss: bool = flag(False, "time the loss and its gradients alone, on --batch_size x --block_size rows")
     layers: int | None = flag(None, "blocks, fewer for a slow CPU; default: the preset's", at_least=1)
     dropout: float = flag(0.0, "0, so that all do the same work", at_least=0, below=1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
@@ -331,14 +430,16 @@ def parse_args(argv) -> Config:
     preset = train.PRESETS[args.preset]
     args.only = args.only.split(",")
     args.block_size = args.block_size or preset.block_size
-    try:
-        args.batch_size = [int(n) for n in (args.batch_size or str(preset.batch_size)).split(",")]
-    except ValueError:
-        raise UserError(f"--batch_size is {args.batch_size!r}; it must be a list of int: 4,8") from None
+    args.batch_size = args.batch_size or str(preset.batch_size)
+    for name in ("batch_size", "accumulation"):
+        try:
+            setattr(args, name, [int(n) for n in getattr(args, name).split(",")])
+        except ValueError:
+            raise UserError(f"--{name} is {getattr(args, name)!r}; it must be a list of int: 4,8") from None
     if args.tiny:
         args.batch_size, args.block_size, args.rounds = [2], 64, min(args.rounds, 3)
-    if min(args.batch_size) < 1:
-        raise UserError("--batch_size must be at least 1")
+    if min(*args.batch_size, *args.accumulation) < 1:
+        raise UserError("--batch_size and --accumulation must be at least 1")
     if not set(args.only) <= set(CONTESTANTS):
         raise UserError(f"--only is {','.join(args.only)}; its names are {', '.join(CONTESTANTS)}")
     if args.nanogpt and not Path(args.nanogpt, "model.py").is_file():
@@ -359,7 +460,10 @@ def main(argv=None):
         if args.compile:  # the first step is to pay for the whole compilation
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
         for batch_size in args.batch_size:
-            bench(batch_size, args, rt)
+            if args.loss:
+                bench_loss(batch_size * args.block_size, args, rt)
+            for accumulation in [] if args.loss else args.accumulation:
+                bench(batch_size, accumulation, args, rt)
     if rt.device.type != "cuda":
         print(f"\npeak memory of this process: {rt.memory() / 2**30:.1f} GiB (one contestant's: --only ours)")
 

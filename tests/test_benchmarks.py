@@ -83,9 +83,30 @@ def test_training_benchmark_runs_the_step_of_train_py(monkeypatch, capsys):
     monkeypatch.setattr(bench_train.train, "train_step", lambda *a: (results.append(real(*a)), results[-1])[1])
     monkeypatch.setattr(bench_train.train, "lr_at", lambda step, config: 1e-2)
     bench_train.main(["--tiny", "--rounds", "2", "--steps_per_round", "3", *CPU, "--only", "ours"])
-    rows = [row for _, row, _ in results]
-    assert len(rows) == 2 + 2 * 3  # the first, the warm-up, and two rounds
+    rows = [step.read()[0] for _, step in results]
+    assert len(rows) == 3 + 2 * 3  # the first, the warm-up, the first rate, and two rounds
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.1
+
+
+def test_a_step_of_the_training_benchmark_accumulates(monkeypatch, capsys):
+    """Bug: tokens of one micro-batch counted for a step of several, or the other way round."""
+    import bench_train
+
+    seen, real = [], bench_train.train.train_step
+    monkeypatch.setattr(bench_train.train, "train_step", lambda *a: (seen.append(a[3]), real(*a))[1])
+    bench_train.main(["--tiny", "--rounds", "1", *CPU, "--only", "ours,transformers", "--accumulation", "3"])
+    assert {(len(batch.x), batch.n_targets) for batch in seen} == {(3, 3 * 2 * 64)}
+    assert "batch 2 x 64 x 3" in capsys.readouterr().out
+
+
+def test_loss_benchmark_shows_every_row(capsys):
+    import bench_train
+
+    bench_train.main(["--loss", "--tiny", "--rounds", "2", *CPU, "--threads", "1"])
+    out = capsys.readouterr().out
+    for name in bench_train.LOSSES:
+        median, low, high, ratio, _ = numbers(out, name + "  ")
+        assert 0 < low <= median <= high and ratio > 0
 
 
 def test_a_contestant_that_fails_costs_its_row_only(tmp_path, capsys):

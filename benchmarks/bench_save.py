@@ -42,6 +42,7 @@ def filled(model):
 
 
 def timed(function):
+    """(seconds until it returns, its result); a GPU may go on copying."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -63,10 +64,12 @@ def main(argv=None):
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "vocab_size": 512, "valid_vocab_size": 500} if args.tiny else {}
     model = GPT(GPTConfig(**shape)).to(pick_device(args.device))
     optimizer = filled(model)
-    stalls, writes, probes = [], [], []
+    stalls, writes, probes, pinned = [], [], [], {}
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         for step in range(args.repeats + 1):
-            stall, tensors = timed(lambda: checkpoint.snapshot(model, optimizer))
+            stall, tensors = timed(lambda: checkpoint.snapshot(model, optimizer, pinned=pinned))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # as the thread that writes does
             size = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
             write, path = timed(
                 lambda step=step, tensors=tensors: checkpoint.save(

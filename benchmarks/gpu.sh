@@ -1,59 +1,58 @@
 #!/usr/bin/env bash
-# Everything worth knowing about one machine with a big GPU, in ten minutes: correctness first, then all measurements.
+# What is worth knowing of a machine with a big GPU, most valuable first, in two parts of 9 and 3.5 minutes.
 #
-#   bash benchmarks/gpu.sh            on the GPU
-#   bash benchmarks/gpu.sh --short    the same on a CPU with tiny models, in about a minute: does it all run?
+#   bash benchmarks/gpu.sh A          correctness, our speed, two short runs, exact resume, HellaSwag
+#   bash benchmarks/gpu.sh B          others beside ours, sampling, saving, memory
+#   bash benchmarks/gpu.sh --short    both on a CPU with tiny models, in a few minutes: does it all run?
 #
 # PYTHON   the interpreter (default: python3)
-# OUT      folder of the logs tables.txt, tests.txt and stderr.txt (default: benchmarks/out)
-# LIMIT    seconds for all of it (default: 580); what does not fit is left out, with a line
+# OUT      folder of the logs tables.txt and stderr.txt, and of the runs (default: benchmarks/out)
+# LIMIT    seconds for all of it (default: 540 for A, 210 for B, 900 for --short); what does not fit is left out, with a line
+# SHARDS   folder of prepared training shards, beside SHARDS_val; without it they are made from GPT_TEST_DATA
 # NANOGPT  a checkout of nanoGPT, to be timed too
-# GPT_TEST_DATA  folder with gpt2_tokenizer/ and hellaswag/hellaswag_val.jsonl; without it, no HellaSwag
+# GPT_TEST_DATA  folder with gpt2_tokenizer/, corpus/{train,val}/*.parquet and hellaswag/hellaswag_val.jsonl
 #
-# What is missing on the machine (pytest, tokenizers, transformers, a GPU) costs its part and one line, not the rest.
-# Exit code 1 if a part failed or ran out of time. All tables come last.
+# Every row is printed, and written to $OUT/tables.txt, the moment it is known. A part that fails, or lacks what it needs,
+# costs its rows and one line. Both parts share one cache of compiled code, $OUT/compiled. Exit code 1 if a part failed.
 set -u
 cd "$(dirname "$0")/.."
-short=""
-case "${1:-}" in
-"") ;;
---short) short=yes ;;
+which="${1:-}"
+case "$which" in
+A) limit="${LIMIT:-540}" ;;
+B) limit="${LIMIT:-210}" ;;
+--short) limit="${LIMIT:-900}" ;;
 *)
-    echo "usage: bash benchmarks/gpu.sh [--short]" >&2
+    echo "usage: bash benchmarks/gpu.sh A | B | --short" >&2
     exit 2
     ;;
 esac
 python="${PYTHON:-python3}"
 out="${OUT:-benchmarks/out}"
-limit="${LIMIT:-580}"
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$out" || exit 2
-work="$(mktemp -d)"
-trap 'rm -rf "$work"' EXIT
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_CACHE_DIR="$out/compiled"
+device=cuda
+[ "$which" = --short ] && device=cpu
+[ "$which" != B ] && rm -f "$out"/{tables,stderr}.txt
 failed=0
 
 say() { echo "$1" | tee -a "$out/tables.txt"; }
 
-# part NAME SECONDS COMMAND...: runs it with a limit on its time; what it prints joins the logs when it ends.
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+# part NAME SECONDS COMMAND...: runs it with a limit on its time.
 part() {
     local name="$1" most="$2" left=$((limit - SECONDS)) began=$SECONDS code
     shift 2
-    printf '\n=== %s\n' "$name" | tee -a "$out/stderr.txt" >>"$out/tables.txt"
-    if [ "$left" -lt 10 ]; then
+    say ""
+    say "=== $name"
+    if [ "$left" -lt 5 ]; then
         say "$name: left out, the $limit seconds are used up"
         failed=1
-        return
+        return 1
     fi
-    timeout --kill-after=5 "$((most < left ? most : left))" "$@" >"$work/stdout" 2>"$work/stderr"
-    code=$?
-    cat "$work/stderr" >>"$out/stderr.txt"
-    case "$name" in
-    tests_*)
-        cat "$work/stdout" >>"$out/tests.txt"
-        tail -n 15 "$work/stdout" >>"$out/tables.txt"
-        ;;
-    *) cat "$work/stdout" >>"$out/tables.txt" ;;
-    esac
+    echo "=== $name" >>"$out/stderr.txt"
+    timeout --kill-after=5 "$((most < left ? most : left))" "$@" 2>>"$out/stderr.txt" | tee -a "$out/tables.txt"
+    code=${PIPESTATUS[0]}
     case "$code" in
     0) say "$name: done in $((SECONDS - began)) s" ;;
     124 | 137) say "$name: STOPPED after $((SECONDS - began)) s" ;;
@@ -61,11 +60,10 @@ part() {
     esac
     if [ "$code" != 0 ]; then
         failed=1
-        tail -n 5 "$work/stderr" >>"$out/tables.txt"
+        tail -n 5 "$out/stderr.txt" | tee -a "$out/tables.txt"
     fi
+    return "$code"
 }
-
-has() { "$python" -c "import $1" 2>/dev/null; }
 
 skip() { say "$1: skipped, $2"; }
 
@@ -73,75 +71,81 @@ if ! has torch; then
     echo "gpu.sh: error: $python has no torch; name another interpreter with PYTHON=" >&2
     exit 2
 fi
-device=cuda
-[ -n "$short" ] && device=cpu
 if [ "$device" = cuda ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
     echo "gpu.sh: error: torch sees no CUDA device here; --short runs on a CPU" >&2
     exit 2
 fi
-rm -f "$out"/{tables,tests,stderr}.txt
-command -v nvidia-smi >/dev/null &&
-    say "$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader)"
-
-# --- correctness
-
-missing=""
-for module in pytest hypothesis tokenizers safetensors tqdm transformers; do
-    has "$module" || missing="$missing $module"
-done
-if [ -n "$missing" ]; then
-    skip tests "not installed:$missing"
-else
-    options=(-q -p no:cacheprovider)
-    has pytest_timeout || options+=(-W ignore::pytest.PytestConfigWarning) # pyproject.toml's `timeout` is then unknown
-    has xdist && options+=(-n 8)
-    if [ -n "$short" ]; then
-        part tests_model 60 "$python" -m pytest "${options[@]}" tests/test_model.py -k "transformers or loss or cache"
-        part tests_train 60 "$python" -m pytest "${options[@]}" tests/test_train.py -k "whole_global_batch or accumulation"
-    else
-        part tests_model 60 "$python" -m pytest "${options[@]}" tests/test_model.py
-        part tests_train 100 "$python" -m pytest "${options[@]}" tests/test_train.py tests/test_muon.py
-    fi
-fi
-
-# --- measurements; what matters most comes first, for the time may run out
-
+given="${GPT_TEST_DATA:-}"
+tokenizer="$given/gpt2_tokenizer"
+hellaswag="$given/hellaswag/hellaswag_val.jsonl"
+data="${SHARDS:-$out/shards}"
 peers=()
 [ -n "${NANOGPT:-}" ] && peers=(--nanogpt "$NANOGPT")
-tokenizer="${GPT_TEST_DATA:-}/gpt2_tokenizer"
-hellaswag="${GPT_TEST_DATA:-}/hellaswag/hellaswag_val.jsonl"
-if [ -n "$short" ]; then
-    part train 60 "$python" benchmarks/bench_train.py --tiny --device cpu --rounds 2 --profile "${peers[@]}"
-    generate=(--tiny --device cpu)
-    scenes=(--tiny --device cpu --examples 8 --repeats 1)
-    save=(--tiny --device cpu --repeats 2)
-    data=(--tiny)
+if [ "$which" = --short ]; then
+    tiny=(--tiny)
+    step=(--rounds 1 --tiny --device cpu)
+    shape=(--n_layer 2 --n_head 2 --n_embd 32 --block_size 64 --batch_size 2 --total_batch_tokens 256 --max_steps 8
+        --val_tokens 1024 --device cpu --dtype float32)
+    tokens=200000 examples=(--limit 8) workers=1
 else
-    part train_16 200 "$python" benchmarks/bench_train.py --batch_size 16 --compile --profile "${peers[@]}"
-    generate=(--device cuda --new_tokens 256 --repeats 3)
-    scenes=(--device cuda --examples 200 --repeats 3)
-    save=(--device cuda --repeats 3)
-    data=(--device cuda --batches 50 --epoch_tokens 50000000 --step_tokens_per_second 400000)
-fi
-part generate 80 "$python" benchmarks/bench_generate.py "${generate[@]}"
-if [ ! -d "$tokenizer" ] || [ ! -f "$hellaswag" ]; then
-    skip hellaswag "GPT_TEST_DATA names no folder with gpt2_tokenizer/ and hellaswag/hellaswag_val.jsonl"
-elif ! has tokenizers; then
-    skip hellaswag "tokenizers is not installed"
-else
-    part hellaswag 60 "$python" benchmarks/bench_hellaswag.py --data "$hellaswag" --tokenizer "$tokenizer" "${scenes[@]}"
-fi
-part save 60 "$python" benchmarks/bench_save.py "${save[@]}"
-part data 60 "$python" benchmarks/bench_data.py "${data[@]}"
-if [ -z "$short" ]; then
-    part train_64 170 "$python" benchmarks/bench_train.py --batch_size 64 --compile "${peers[@]}"
-    part train_32 150 "$python" benchmarks/bench_train.py --batch_size 32 --compile "${peers[@]}"
+    tiny=()
+    step=(--compile --rounds 3 --device cuda)
+    shape=(--max_steps 380 --val_tokens 1048576)
+    tokens=38000000 examples=() workers=16
 fi
 
-# --- all tables
+# shards: prepares the training shards, unless they are there.
+shards() {
+    [ -n "${SHARDS:-}" ] && return 0
+    [ -f "$data/manifest.json" ] && return 0
+    if [ ! -d "$tokenizer" ] || [ ! -d "$given/corpus" ]; then
+        skip prepare "GPT_TEST_DATA names no folder with gpt2_tokenizer/ and corpus/; SHARDS may name prepared ones"
+        return 1
+    fi
+    part prepare 60 "$python" prepare_fineweb.py --out_dir "$data" --tokenizer "$tokenizer" --max_tokens "$tokens" \
+        --num_proc "$workers" --local_files "$given/corpus/train/*.parquet" --val_files "$given/corpus/val/*.parquet"
+}
 
-echo
-cat "$out/tables.txt"
-echo
-echo "$SECONDS seconds in all; logs are in $out"
+# training NAME SECONDS FLAGS...: a short run with its own schedule.
+training() {
+    part "$1" "$2" "$python" train.py --preset "$1" --checkpoint_dir "$out/runs" --data_dir "$data" "${shape[@]}" \
+        --eval_interval 100 --hellaswag_interval 0 --sample_interval 0 --save_interval 0 "${@:3}"
+}
+
+part_a() {
+    part facts 60 "$python" benchmarks/check_gpu.py facts --device "$device" "${tiny[@]}"
+    part bits 90 "$python" benchmarks/check_gpu.py bits --device "$device" "${tiny[@]}"
+    part train_16 120 "$python" benchmarks/bench_train.py --batch_size 16 --accumulation 1,4 --only ours,muon --profile \
+        "${step[@]}"
+    part train_64 90 "$python" benchmarks/bench_train.py --batch_size 64 --only ours,muon "${step[@]}"
+    if shards; then
+        training fast-124m 120
+        training gpt2-124m 120
+        part resume 120 "$python" benchmarks/check_gpu.py resume --device "$device" --data_dir "$data" "${tiny[@]}"
+        if [ ! -f "$hellaswag" ]; then
+            skip hellaswag "GPT_TEST_DATA names no folder with hellaswag/hellaswag_val.jsonl"
+        else
+            part hellaswag 60 "$python" hellaswag_eval.py --checkpoint "$out/runs/fast-124m" --data "$hellaswag" \
+                --device "$device" "${examples[@]}"
+        fi
+    fi
+}
+
+part_b() {
+    part train 100 "$python" benchmarks/bench_train.py --batch_size 16 "${step[@]}" "${peers[@]}"
+    part loss 60 "$python" benchmarks/bench_train.py --loss --batch_size 16 "${step[@]}"
+    part generate 60 "$python" benchmarks/bench_generate.py --new_tokens 256 --device "$device" "${tiny[@]}"
+    part save 40 "$python" benchmarks/bench_save.py --repeats 3 --device "$device" "${tiny[@]}"
+    part train_32 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours "${step[@]}"
+    part checkpointed 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours --grad_checkpoint "${step[@]}"
+    part data 40 "$python" benchmarks/bench_data.py "${tiny[@]}"
+}
+
+say "gpu.sh $which, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --short HEAD 2>/dev/null)"
+command -v nvidia-smi >/dev/null &&
+    say "$(nvidia-smi --query-gpu=name,driver_version,clocks.sm,power.limit --format=csv,noheader)"
+[ "$which" != B ] && part_a
+[ "$which" != A ] && part_b
+say ""
+say "$SECONDS seconds in all; logs are in $out"
 exit "$failed"

@@ -75,6 +75,12 @@ def corpus(tmp_path_factory, byte_tokenizer):
     return folder / "data"
 
 
+@pytest.fixture(params=["cpu"] + ["cuda"] * torch.cuda.is_available())
+def device(request) -> str:
+    """Each device that this machine has; tests that take it run once on each."""
+    return request.param
+
+
 @pytest.fixture
 def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
     """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""

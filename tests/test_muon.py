@@ -17,6 +17,12 @@ from train import train
 SMALL = GPTConfig(block_size=16, vocab_size=64, valid_vocab_size=60, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
 
 
+@pytest.fixture
+def toy(toy, device):
+    """The toy run on each device; on CUDA equal bits are what --deterministic promises."""
+    return replace(toy, device=device, deterministic=device == "cuda")
+
+
 @pytest.mark.parametrize("rows, columns", [(24, 24), (48, 24), (24, 48)])
 def test_orthogonalize_keeps_directions_and_evens_out_their_lengths(rows, columns):
     """Bugs: the wrong product for tall matrices; a norm taken over the whole stack, so that one matrix rules others."""

@@ -27,6 +27,13 @@ from train import PRESETS, TrainConfig, lr_at, parse, problems, train
 
 CPU = ["--device", "cpu", "--dtype", "float32"]
 
+
+@pytest.fixture
+def toy(toy, device):
+    """The toy run on each device; on CUDA equal bits are what --deterministic promises."""
+    return replace(toy, device=device, deterministic=device == "cuda")
+
+
 # --- the schedule and the arguments
 
 

@@ -1,0 +1,175 @@
+"""What must be known of a GPU before its speed means something: python benchmarks/check_gpu.py [facts | bits | resume]
+
+  facts   versions; a large product and a copy, as ceilings; compiled against eager gradients; attention's kernels
+  bits    three training steps, twice in processes of their own: the same bits? As it is, and with --deterministic
+  resume  a run of 60 steps with --deterministic, and the same killed with SIGKILL near step 30 and started again
+
+Each row is printed as soon as it is known. Exit code 1 where something is not as it must be. It also runs on a CPU.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from bench_train import TINY, timed
+
+import train
+from data_processing_fineweb import Batch
+from support import runtime
+from support.cli import Parser, UserError, run
+from support.tracking import read_rows
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--n_layer 2 --n_head 2 --n_embd 32 --batch_size 2 --block_size 64 --total_batch_tokens 256 --compile off"
+SCHEDULE = (
+    "--deterministic --max_steps 60 --save_interval 10 --eval_interval 30 --hellaswag_interval 0 --sample_interval 0"
+)
+
+
+def row(name, text):
+    print(f"{name:<28}{text}", flush=True)
+
+
+def net_and_batch(args, rt, **changes):
+    """(configuration, network, one batch of two micro-batches) of the 124M model, or of a tiny one."""
+    shape = {**TINY, "block_size": 64, "batch_size": 2} if args.tiny else {"batch_size": 8}
+    config = replace(train.TrainConfig(), dropout=0.0, **{**shape, **changes})
+    config = replace(config, total_batch_tokens=2 * config.batch_size * config.block_size)
+    torch.manual_seed(0)
+    vocab = 500 if args.tiny else 50257
+    x, y = torch.randint(vocab, (2, 2, config.batch_size, config.block_size)).to(rt.device)
+    return config, train.build(config, rt, vocab), Batch(0, 0, x, y, y.numel(), 0)
+
+
+def facts(args) -> bool:
+    rt = runtime.start(args.device)
+    cuda = rt.device.type == "cuda"
+    row(
+        "versions",
+        json.dumps(runtime.versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}),
+    )
+    side, size = (8192, 2**32) if cuda else (512, 2**24)
+    a = torch.randn(side, side, device=rt.device).to(runtime.DTYPES[rt.dtype])
+    source, target = (torch.empty(size // 4, device=rt.device) for _ in range(2))
+    works = [(lambda: a @ a, 2 * side**3 / 1e12, "product", f"TFLOP/s, {rt.dtype}")]
+    works += [(lambda: target.copy_(source), 2 * size / 1e9, "copy", "GB/s, read and written")]
+    for work, amount, name, unit in works:
+        timed(work, 3, rt)
+        row(name, f"{amount / timed(work, 20, rt):.4g} {unit}")
+    config, net, batch = net_and_batch(args, rt, compile="on")
+    began = time.perf_counter()
+    try:
+        train.refuse_wrong_products(config, rt, net)
+        right, said = True, "the same loss and norm"
+    except UserError as error:
+        right, said = False, f"WRONG: {error}"
+    row("compiled against eager", f"{said}, {time.perf_counter() - began:.0f} s with compilation")
+    _, launched = train.train_step(config, rt, net, batch, train.Position())
+    row("first step", json.dumps(launched.read()[0]))
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities) as profiler:
+        train.train_step(config, rt, net, batch, train.Position())[1].read()
+    words = ("attention", "flash", "fmha", "sdpa", "cudnn_generated")
+    names = {e.key for e in profiler.key_averages() if any(word in e.key.lower() for word in words)}
+    for name in sorted(names):
+        row("attention runs", name[:150])
+    return right
+
+
+def three_steps(args):
+    """Prints a hash of the weights after three steps."""
+    rt = runtime.start(args.device, deterministic=args.deterministic)
+    config, net, batch = net_and_batch(args, rt, compile="off" if args.tiny else "on", deterministic=args.deterministic)
+    at = train.Position()
+    for _ in range(3):
+        at, launched = train.train_step(config, rt, net, batch, at)
+        launched.read()
+    digest = hashlib.sha256()
+    for p in net.model.parameters():
+        digest.update(p.detach().cpu().numpy().tobytes())
+    print(digest.hexdigest()[:16])
+    return True
+
+
+def bits(args) -> bool:
+    good = True
+    for deterministic in (False, True):
+        flags = ["--device", args.device, *["--tiny"] * args.tiny, *["--deterministic"] * deterministic]
+        command = [sys.executable, __file__, "three_steps", *flags]
+        found = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+        hashes = [one.stdout.strip() or f"failed: {one.stderr.strip()[-200:]}" for one in found]
+        same = hashes[0] == hashes[1] and not any(one.returncode for one in found)
+        row(
+            "--deterministic" if deterministic else "as it is",
+            f"{hashes[0]} {hashes[1]} {'same' if same else 'DIFFERENT'}",
+        )
+        good = good and (same or not deterministic)
+    return good
+
+
+def resume(args) -> bool:
+    """Needs --data_dir."""
+    flags = (SMALL if args.tiny else "--batch_size 16").split()
+    flags += [*SCHEDULE.split(), "--val_tokens", "4096" if args.tiny else "65536"]
+    flags += ["--device", args.device, "--data_dir", args.data_dir]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+
+        def start(name):
+            command = [sys.executable, str(ROOT / "train.py"), "--run_name", name, "--checkpoint_dir", folder, *flags]
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+        def rows(name):
+            return [r for r in read_rows(Path(folder, name, "metrics.jsonl")) if r["kind"] == "train"]
+
+        def finish(process):
+            output, _ = process.communicate()
+            if process.returncode:
+                raise UserError(f"train.py ended with {process.returncode}: {output[-500:]}")
+
+        finish(start("whole"))
+        killed = start("killed")
+        while killed.poll() is None and not any(r["step"] >= 33 for r in rows("killed")):
+            time.sleep(0.05)
+        killed.kill()
+        killed.communicate()
+        row("killed at step", str(max((r["step"] for r in rows("killed")), default=0)))
+        finish(start("killed"))
+        keys = ("step", "loss", "grad_norm", "lr", "checksum", "samples_seen")
+        traces = [[tuple(r[k] for k in keys) for r in rows(name)] for name in ("whole", "killed")]
+        name = "step_00000060/model.safetensors"
+        hashes = [hashlib.sha256(Path(folder, n, name).read_bytes()).hexdigest()[:16] for n in ("whole", "killed")]
+    same = traces[0] == traces[1] and len(traces[0]) == 60 and hashes[0] == hashes[1]
+    row("traces of 60 steps", "the same" if traces[0] == traces[1] else "DIFFERENT")
+    row("final weights", f"{hashes[0]} {hashes[1]} {'same' if hashes[0] == hashes[1] else 'DIFFERENT'}")
+    return same
+
+
+def main(argv=None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "what", choices=["facts", "bits", "resume", "three_steps"], help="three_steps: one part of bits"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--data_dir", metavar="DIR", help="shards, for resume")
+    parser.add_argument("--deterministic", action="store_true", help="for three_steps")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a model of two small layers, to see whether everything runs"
+    )
+    args = parser.parse_args(argv)
+    if args.what == "resume" and not args.data_dir:
+        raise UserError("resume needs --data_dir")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return 0 if {"facts": facts, "bits": bits, "resume": resume, "three_steps": three_steps}[args.what](args) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -99,6 +99,7 @@ def test_a_step_of_the_training_benchmark_accumulates(monkeypatch, capsys):
     assert "batch 2 x 64 x 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_loss_benchmark_shows_every_row(capsys):
     import bench_train
 

@@ -77,7 +77,7 @@ def test_all_argument_problems_are_said_at_once(capsys):
         (["--lr", "fast"], ["--lr", "fast"]),
         (["--data_dir", "nowhere"], ["nowhere", "prepare_fineweb.py", "--data_dir"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
-        (["--eval_only", "--checkpoint", "nowhere"], ["nowhere", "run's name or directory"]),
+        (["--eval_only", "--checkpoint", "nowhere"], ["nowhere", "run's directory or name"]),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):

@@ -151,8 +151,8 @@ def test_an_empty_context_is_the_end_of_text():
     class Tokenizer:
         eot_token = 7
 
-        def encode_batch(self, texts):
-            return [[ord(c) for c in text] for text in texts]
+        def encode_arrays(self, texts):
+            return [np.array([ord(c) for c in text], np.int64) for text in texts]
 
     examples = [simple_example(ctx="")]
     assert [context for context, _ in hs.render_completion(examples, Tokenizer())[0]] == [[7]] * 4

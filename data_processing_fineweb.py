@@ -19,6 +19,7 @@ import sys
 import threading
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
 
 import numpy as np
 
-from support.files import read_json, sha256, sync, sync_directory, write_json
+from support.files import natural, read_json, sha256, sync, sync_directory, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -114,20 +115,18 @@ class ShardWriter:
     """Documents in, `<prefix>_000000.npy`, ... of `shard_tokens` tokens out, and a manifest last of all.
 
     Tokens go straight into one unfinished file with a hidden name; whole and on the disk, it becomes a shard by
-    being renamed. A writer that is given what `save` returned forgets whatever came later and goes on from there.
+    being renamed. `owner` is part of the hidden name: two writers of the same shard at once need different ones.
     """
 
-    def __init__(self, directory, vocab_size, shard_tokens, prefix="shard", saved=None):
+    def __init__(self, directory, vocab_size, shard_tokens, prefix="shard", owner=""):
         self.directory, self.prefix, self.vocab_size = Path(directory), prefix, vocab_size
         self.directory.mkdir(parents=True, exist_ok=True)
         if shard_tokens < 1:
             raise ValueError(f"shard_tokens is {shard_tokens}; it must be at least 1")
         self.shard_tokens, self.dtype = shard_tokens, np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.unfinished, self.file = self.directory / f".{prefix}{UNFINISHED_SHARD}", None
+        self.unfinished, self.file = self.directory / f".{prefix}{owner}{UNFINISHED_SHARD}", None
         self.filled = self.text_bytes = 0
         self.shards = []
-        if saved is not None:
-            self.go_back_to(saved)
 
     def add(self, ids, text_bytes):
         """Appends one document's ids; its `text_bytes` count to the shard in which it begins."""
@@ -178,37 +177,12 @@ class ShardWriter:
         self.file.flush()
         sync(self.file)
 
-    def save(self) -> dict:
-        """Brings all that was added to the disk; returns what another writer needs to go on from here."""
+    def discard(self):
+        """Removes what is not a shard yet, after a failure."""
         if self.file is not None:
-            self.sync()
-        return {"shards": self.shards, "filled": self.filled, "text_bytes": self.text_bytes}
-
-    def go_back_to(self, saved):
-        """Undoes what was done after `save`, up to a crash anywhere. UserError if more than that is missing."""
-        self.shards, self.filled, self.text_bytes = list(saved["shards"]), saved["filled"], saved["text_bytes"]
-        became = self.directory / self.name(len(self.shards))
-        if became.exists():  # what was unfinished then became a shard later
-            os.replace(became, self.unfinished)
-        known = {entry["name"] for entry in self.shards}
-        for path in self.directory.iterdir():
-            if re.fullmatch(rf"{self.prefix}_\d{{6,}}\.npy", path.name) and path.name not in known:
-                path.unlink()
-        need = {self.directory / e["name"]: OUR_HEADER + e["tokens"] * self.dtype.itemsize for e in self.shards}
-        for path, size in need.items():
-            if not path.exists() or path.stat().st_size != size:
-                raise UserError(
-                    f"{path}: was finished with {size:,} bytes, and is so no more; begin anew with --restart"
-                )
-        size = OUR_HEADER + self.filled * self.dtype.itemsize
-        if not self.filled:
-            self.unfinished.unlink(missing_ok=True)
-        elif not self.unfinished.exists() or self.unfinished.stat().st_size < size:
-            raise UserError(f"{self.unfinished}: had {size:,} bytes, and they are gone; begin anew with --restart")
-        else:
-            self.file = open(self.unfinished, "r+b", WRITE_BUFFER)  # noqa: SIM115
-            self.file.truncate(size)
-            self.file.seek(size)
+            with suppress(OSError):  # a full disk fails here once more
+                self.file.close()
+        self.unfinished.unlink(missing_ok=True)
 
     def close(self, **facts) -> dict:
         """Writes the last shard and manifest.json with `facts` in it; returns the manifest."""
@@ -217,11 +191,6 @@ class ShardWriter:
         manifest = {"format_version": FORMAT_VERSION, **facts, "tokens": tokens, "shards": self.shards}
         write_json(self.directory / MANIFEST, manifest)
         return manifest
-
-
-def natural(path):
-    """Sort key under which shard_2 comes before shard_10, and shard_01 before shard_1."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)], path.name
 
 
 def find_shards(directory, split) -> tuple[list[Shard], dict]:

@@ -5,34 +5,36 @@
     ids = tokenizer.encode("Once upon a time")
     text = tokenizer.decode(ids)
 
+    python tokenizer.py train --local_files 'texts/*.txt' --vocab_size 16384 --out_dir my_tokenizer
+
 Text is only text: a literal "<|endoftext|>" inside a document is split like any other characters and never
 becomes the marker that separates documents.
 
-`tokenizers` reads every tokenizer.json, and its ids are the definition. For GPT-2's own vocabulary tiktoken gives
-the same ids about eight times as fast (a test compares them), so whole corpora are encoded with it.
+`tokenizers` reads every tokenizer.json, and its ids are the definition. For byte-level BPE of GPT-2's kind the package
+fastokens gives the same ids many times as fast, so whole corpora are encoded with it. Tests compare the two, and a
+preparation compares them on a sample of its text.
 """
 
 import hashlib
 import json
 import os
+import sys
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
 
-from support.cli import UserError
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from support.rows import Wanted, find_files, rows_of
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"  # its eos_token says which token ends a text; transformers reads it too
 GPT2_FILES = ("vocab.json", "merges.txt")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # the first one present, if none is named
-
-# Of GPT-2's own tokenizer: the fingerprint, and how it cuts text into words. All of the pattern but the lookahead is
-# in one group, which the regex engine runs as one automaton: 1.7 times as fast as tiktoken's own form of it.
-GPT2 = "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"
-GPT2_WORDS = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s+(?!\S)|\s+"
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # of a byte fallback (SentencePiece, Llama)
 KEEP_TEXT = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}  # pre-tokenizers; but see `token_bytes`
@@ -95,32 +97,28 @@ class TextTokenizer:
         return ids
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora. GPT-2's own vocabulary goes the
-        fast way, which is small in memory too."""
-        if self.fast is None:
+        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora, fast and small in memory."""
+        if self.fast is None or not texts:
             return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
-        return [self.encode_fast(text) for text in texts]
-
-    def encode_fast(self, text: str) -> np.ndarray:
         with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
-            try:
-                return self.fast.encode_to_numpy(replace_surrogates(text), disallowed_special=())
-            except ValueError:  # a million spaces in a row overflow the stack of its regex engine
-                return np.array(self.encode(text), np.uint32)
+            ids, ends = self.fast.encode_batch_flat([replace_surrogates(text) for text in texts])
+        ids, ends = np.frombuffer(ids, "<u4"), np.frombuffer(ends, "<u8").astype(np.int64)
+        if (ids == self.eot_token).any():  # text is only text
+            return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
+        return np.split(ids, ends[1:-1])
 
     @cached_property
     def fast(self):
-        """tiktoken's encoder if this is GPT-2's own tokenizer, else None. Made when it is first asked for: it takes a
-        quarter of a second."""
-        if self.fingerprint() != GPT2 or not splits_as_gpt2(self.backend):
+        """The same tokenizer in the package fastokens, 20 to 50 times as fast; None where that is not installed, or for
+        a kind that no test compares: all but byte-level BPE that cuts text into words as GPT-2 does."""
+        tokens = self.backend.get_added_tokens_decoder().values()
+        if not splits_as_gpt2(self.backend) or not all(token.special for token in tokens):
+            return None  # an added token that is not special is looked for in the text
+        try:
+            from fastokens import Tokenizer as FastTokenizer
+        except ImportError:
             return None
-        import tiktoken
-
-        byte, marker = byte_characters(), self.backend.id_to_token(self.eot_token)
-        ranks = self.backend.get_vocab(with_added_tokens=False).items()  # an id is also the rank of its merge
-        ranks = {bytes(byte[c] for c in token): i for token, i in ranks if token != marker}
-        special = {marker: self.eot_token}  # never given out; without one tiktoken is half as fast
-        return tiktoken.Encoding("gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=special)
+        return FastTokenizer.from_json_str(json.dumps(self.contents | {"added_tokens": []}))
 
     def decode(self, ids) -> str:
         """The text of the ids, markers included; bytes that are not UTF-8 become U+FFFD."""
@@ -253,8 +251,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def splits_as_gpt2(backend: Tokenizer) -> bool:
-    """Whether it cuts words as GPT-2 does, changes no text before, and only merges within words: what the fingerprint
-    does not say."""
+    """Whether it cuts words as GPT-2 does, changes no text before, and only merges within words."""
     words, model = backend.pre_tokenizer, backend.model
     others = (model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix, model.ignore_merges)
     plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
@@ -337,3 +334,57 @@ def byte_level_bpe(vocab: str, merges: str) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END_OF_TEXT[0], special=True)])
     return backend
+
+
+def train_tokenizer(texts, vocab_size: int, name="trained") -> TextTokenizer:
+    """A byte-level BPE of `vocab_size` ids learnt from an iterable of texts; the same for the same texts."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(map(replace_surrogates, texts), trainer)
+    return TextTokenizer(backend, name)
+
+
+# ---------------------------------------------------------------------------------------
+# The command line.
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """A byte-level BPE from files of text. Every field is a flag."""
+
+    command: str = flag(REQUIRED, "what to do", choices=("train",), positional=True)
+    local_files: tuple[str, ...] = flag(REQUIRED, "text, in the formats that prepare_fineweb.py reads", unit="glob")
+    vocab_size: int = flag(16_384, "number of ids", at_least=257, at_most=2**20)
+    out_dir: str = flag("my_tokenizer", "folder to write, for --tokenizer", unit="folder")
+    text_column: str = flag("text", "column or key of the text")
+    max_chars: int = flag(50_000_000, "characters of text used, from the beginning", at_least=1)
+
+
+def main(argv=None):
+    examples = ["python tokenizer.py train --local_files 'texts/*.txt' --vocab_size 16384 --out_dir my_tokenizer"]
+    c = parse(TrainTokenizerConfig, argv, "Train a tokenizer on your own text.", examples)
+    paths = [file.path for file in find_files("local_files", c.local_files)]
+
+    def texts(left=c.max_chars):
+        for _, row in rows_of(paths, Wanted(c.text_column)):
+            if left <= 0:
+                return
+            text = row["text"].decode(errors="replace") if isinstance(row["text"], bytes) else row["text"]
+            if isinstance(text, str):
+                yield text[:left]
+                left -= len(text)
+
+    tokenizer = train_tokenizer(texts(), c.vocab_size)
+    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(c.out_dir)
+    print(f"{c.out_dir}: {tokenizer.vocab_size:,} ids")
+    print(f"next: python prepare_fineweb.py --tokenizer {c.out_dir} --local_files {' '.join(map(repr, c.local_files))}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

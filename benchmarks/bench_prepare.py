@@ -5,10 +5,10 @@
   transformers  its fast tokenizer, called with batches of documents, threads on all cores; only the calls are timed
   prepare       prepare_fineweb.py as a person calls it, from the first import to the last manifest: reading parquet,
                 tokenizing, hashing and writing; with one process and with one per core
-  beyond        the same for what the input has more when each file is named --times times: the rate at sizes where
+  beyond        the same for what the input has more when each file is copied --times times: the rate at sizes where
                 a second of start-up does not count
   memory        the most resident bytes of prepare_fineweb.py and its workers together, for the input once and for
-                the same input under many names; pages that processes share count in each
+                the same input copied --times times; pages that processes share count in each
 
 All read the same text, each in a fresh process, so that nobody has seen it before; they take turns, so that a machine
 that slows down slows down all of them, and ratios are those within a turn. The last column counts processor time in
@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 
 import numpy as np
 
-from prepare_fineweb import cores
+from pieces import cores
 from tokenizer import byte_characters, load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"
@@ -125,20 +126,20 @@ def prepare(files, work, args, num_proc):
         return seconds, cpu, json.loads(Path(out, "shards", "manifest.json").read_text()), peak
 
 
-def under_many_names(files, work, times) -> list[Path]:
-    """Links to the files, `times` to each."""
+def copies(files, work, times) -> list[Path]:
+    """The files, each copied `times` times: one file under several names would be read once."""
     folder = work / f"times_{times}"
     folder.mkdir()
-    links = [folder / f"{n:04d}_{i:04d}.parquet" for n in range(times) for i in range(len(files))]
-    for i, link in enumerate(links):
-        link.symlink_to(Path(files[i % len(files)]).resolve())
-    return links
+    found = [folder / f"{n:04d}_{i:04d}.parquet" for n in range(times) for i in range(len(files))]
+    for i, path in enumerate(found):
+        shutil.copyfile(files[i % len(files)], path)
+    return found
 
 
 def measure(files, work, args) -> tuple[dict, dict, dict]:
     """By name (seconds, processor seconds), one pair for each turn; by name the peak bytes; and the text's manifest."""
     times, tokens, peaks, made_of = {}, {}, {}, {}
-    inputs = {n: under_many_names(files, work, n) for n in (1, args.times)}
+    inputs = {n: copies(files, work, n) for n in (1, args.times)}
     for turn in range(args.repeats):
         for name, function in (BARE, time_tiktoken), (FAST, time_transformers):
             *took, tokens[name] = in_fresh_process(function, files, args.text_column, str(work / "tokenizer"))
@@ -204,7 +205,7 @@ class Config:
     out: str | None = flag(None, "disk for the shards; default: the temporary one", unit="folder")
     cores: int | None = flag(None, "processes of the second row of prepare; default: all cores", at_least=1)
     repeats: int = flag(3, "turns", at_least=1)
-    times: int = flag(10, "names per file for the larger input", at_least=2)
+    times: int = flag(10, "copies of each file in the larger input", at_least=2)
     shard_tokens: int = flag(5_000_000, "in a shard", at_least=1, unit="tokens")
     tiny: bool = flag(False, "2 MB made for the purpose, to see whether everything runs")
 

@@ -16,7 +16,6 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,9 +27,7 @@ import torch.nn.functional as F
 
 import model
 import train
-from prepare_fineweb import prepare
-from sources import find_files
-from support.demo_corpus import train_tokenizer
+from prepare_fineweb import PrepareConfig, prepare
 
 STEPS = 500  # of 2,048 tokens: 1M tokens, about one for each parameter
 SHAPE = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, batch_size=16, total_batch_tokens=2048)
@@ -192,10 +189,8 @@ def make_corpus(directory, local_files, val_files, vocab_size):
         raise UserError(
             f"{directory}: no corpus there; name parquet files with --local_files and --val_files to make it"
         )
-    texts = [row.text for row in islice(find_files(local_files, "text").rows(0, 0), 2000)]
-    with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(texts, vocab_size).save(folder)
-        prepare(directory, tokenizer=folder, local_files=local_files, val_files=val_files, max_tokens=CORPUS_TOKENS)
+    files = dict(local_files=local_files, val_files=val_files)
+    prepare(PrepareConfig(out_dir=directory, **files, train_tokenizer=vocab_size, max_tokens=CORPUS_TOKENS))
 
 
 @dataclass(frozen=True)

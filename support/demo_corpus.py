@@ -1,6 +1,6 @@
 """The text of a small corpus that needs no network: what every CPython says about itself.
 
-Notable: about 2 MB of English for people who program, the same for the same Python version: the language
+About 2 MB of English for people who program, the same for the same Python version: the language
 reference that help() shows, and the standard library's docstrings. prepare_fineweb.py makes shards of it.
 """
 
@@ -8,10 +8,6 @@ import ast
 import sysconfig
 import warnings
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from tokenizer import END_OF_TEXT, TextTokenizer, replace_surrogates
 
 NOT_FOR_READERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 NOT_EVERYWHERE = {"distutils", "idlelib", "lib2to3"}  # some versions or systems lack them
@@ -40,7 +36,7 @@ def library_docstrings():
         except (SyntaxError, ValueError):
             continue
         name = ".".join(part for part in names if part != "__init__")
-        texts.append(replace_surrogates("\n\n".join(docstrings(tree, name))))
+        texts.append("\n\n".join(docstrings(tree, name)))
     return [text for text in texts if text]
 
 
@@ -60,16 +56,3 @@ def docstrings(node, name):
         inner = getattr(child, "name", None)
         if isinstance(child, ast.stmt) and not is_private(inner or ""):
             yield from docstrings(child, f"{name}.{inner}" if inner else name)
-
-
-def train_tokenizer(texts, vocab_size) -> TextTokenizer:
-    """A byte-level BPE learnt from the texts, the same for the same texts."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts, trainer)
-    return TextTokenizer(backend, "demo")

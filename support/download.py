@@ -5,12 +5,14 @@ content's hash. Failures are waited out with growing pauses, which begin anew wh
 """
 
 import os
+import re
+import shlex
 import shutil
 import threading
-import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from support.cli import UserError
+from support.cli import UserError, refuse
 from support.files import sha256, sync_directory
 
 ATTEMPTS = 10  # in a row that bring nothing, before giving up: about five minutes
@@ -27,19 +29,6 @@ class Failed(Exception):
 
 def pause(failures):
     return min(LONGEST_PAUSE, 2 ** (failures - 1))
-
-
-def patiently(function, final):
-    """function()'s value; repeated after errors, unless they are of the kinds in `final`."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return function()
-        except final:
-            raise
-        except Exception:
-            if attempt == ATTEMPTS:
-                raise
-            time.sleep(pause(attempt))
 
 
 def download(url, path, size=None, digest=None, headers=None, stop=None):
@@ -131,3 +120,26 @@ def check_answer(response, url, part, have, size):
         free = shutil.disk_usage(part.parent).free
         raise UserError(f"{part}: needs {whole - have:,} more bytes on this disk, which has {free:,}; make room")
     return have, whole
+
+
+def fetch_shards(urls, out_dir, open_shard, manifest) -> list[Path]:
+    """Fetches token shards, build-nanogpt's .npy or llm.c's .bin, which training reads as they are. UserError."""
+    names = [urlsplit(url).path.rsplit("/", 1)[-1] for url in urls]
+    good = [re.fullmatch(r"[\w-][\w.+-]*\.(npy|bin)", name, re.ASCII) for name in names]
+    good = [fits and urlsplit(url).scheme in ("http", "https") for fits, url in zip(good, urls)]
+    found = [f"{url}: expected http(s)://.../NAME.npy or .bin" for url, fits in zip(urls, good) if not fits]
+    found += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if (Path(out_dir) / manifest).exists():
+        found.append(f"{out_dir}: holds shards with a manifest already; name another --out_dir")
+    refuse(found)
+    paths = [Path(out_dir, name) for name in names]
+    for i, (url, path) in enumerate(zip(urls, paths), 1):
+        download(url, path)
+        try:
+            tokens = open_shard(path).tokens
+        except UserError:
+            path.unlink()  # or it would be taken for a shard
+            raise
+        print(f"{i} of {len(urls)}: {path}, {tokens:,} tokens", flush=True)
+    print(f"next: python train.py --data_dir {shlex.quote(str(out_dir))}")
+    return paths

@@ -15,17 +15,16 @@ import signal
 import sys
 import time
 
-import pyarrow.parquet  # noqa: F401 (imported late, where it is needed)
+import datasets  # noqa: F401 (imported late, where it is needed)
 import torch._dynamo  # noqa: F401 (every optimizer imports it: two seconds that the children need not spend)
 
-import journal
 import prepare_fineweb
 import train
 from support.cli import run
 from support.files import write_whole
 
 train.draw = lambda run_dir: None  # pictures would take most of the time
-journal.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
+prepare_fineweb.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
 
 
 def child(request, reply):

@@ -22,9 +22,11 @@ TINY = (
 )
 SHORT = {  # how a command begins -> the flags that make it short; of a flag given twice, the last one counts
     "prepare_fineweb.py": "",
+    "tokenizer.py train": "--vocab_size 300",
     "prepare_fineweb.py$": "--local_files 'texts/*.parquet' --val_share 0.1",  # for the hub
     "train.py": TINY,
     "train.py --preset demo": "--max_steps 4 --eval_interval 2 --sample_interval 4",
+    "train.py --preset small": "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512",
     "train.py --eval_only": "--val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4",
     "--standalone": TINY + " --run_name two-processes",  # torchrun
     "inference.py": "--max_new_tokens 8",
@@ -114,6 +116,8 @@ def checkout(tmp_path, test_data):
         rows = pq.read_table(next((test_data / "corpus" / split).glob("*.parquet"))).slice(0, 100)
         (place / name).mkdir(parents=True)
         pq.write_table(rows, place / name / "0.parquet")
+    for n, row in enumerate(rows.column("text").to_pylist()):
+        (place / "texts" / f"{n}.txt").write_text(row)
     (place / "gpt2_tokenizer").symlink_to(test_data / "gpt2_tokenizer")
     (place / "hellaswag.jsonl").symlink_to(test_data / "hellaswag" / "hellaswag_val.jsonl")
     hub_cache(tmp_path / "hf", test_data)

@@ -1,32 +1,32 @@
 """prepare_fineweb.py: the right ids in the right order, whatever the workers, the file format or the accident."""
 
 import ast
+import csv
+import datetime
 import gzip
 import hashlib
 import io
 import json
 import os
-import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-import engines
-import journal
+import pieces
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify
-from prepare_fineweb import prepare, prepare_demo
+from prepare_fineweb import PrepareConfig, prepare_demo
 from support import demo_corpus
 from support.cli import UserError, run
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(prepare_fineweb.__file__).parent
 VAL_SHARE = 0.15
@@ -45,8 +45,12 @@ def vocabulary(byte_tokenizer, tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty working directory; no pictures, which take longer than all the rest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(journal, "draw_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
     return tmp_path
+
+
+def prepare(out_dir, **flags):
+    return prepare_fineweb.prepare(PrepareConfig(out_dir=out_dir, **flags))
 
 
 def write_jsonl(path, texts, opened=open):
@@ -65,11 +69,11 @@ def write_parquet(path, texts, **kwargs):
     return str(path)
 
 
-def by_hash(texts, ids=None, share=VAL_SHARE):
-    """(training texts, validation texts) by the rule, written down once more; without ids by the texts themselves."""
+def by_hash(texts, share=VAL_SHARE):
+    """(training texts, validation texts) by the rule, written down once more."""
     split = [], []
-    for text, name in zip(texts, ids or texts):
-        hashed = hashlib.blake2b(str(name).encode(), digest_size=16).digest()
+    for text in texts:
+        hashed = hashlib.blake2b(text.encode(), digest_size=16).digest()
         split[int.from_bytes(hashed[:8], "little") / 2**64 < share].append(text)
     return split
 
@@ -119,49 +123,179 @@ def test_ids_are_tiktokens_with_the_marker_before_each_document(test_data, here)
     [path] = (test_data / "corpus" / "val").glob("*.parquet")
     made = prepare("d", local_files=[str(path)], val_share=0.1, shard_tokens=300_000, tokenizer=folder, num_proc=1)
     table = pyarrow.parquet.read_table(path)
-    for directory, texts in zip(("d", "d_val"), by_hash(table["text"].to_pylist(), table["id"].to_pylist(), 0.1)):
+    for directory, texts in zip(("d", "d_val"), by_hash(table["text"].to_pylist(), 0.1)):
         expected = [[50256, *reference.encode_ordinary(text)] for text in texts]
         assert np.array_equal(stream(directory), np.concatenate(expected))
     total = sum(table["token_count"].to_pylist()) + table.num_rows  # counted by those who made the corpus
     assert made["train"]["tokens"] + made["val"]["tokens"] == total
 
 
-@pytest.mark.parametrize("make", ["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "txt", "mixed"])
+def write_csv(path, texts):
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([["id", "text"], *enumerate(texts)])
+
+
+def write_arrow(path, texts):
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def write_json_list(path, texts):
+    Path(path).write_text(json.dumps([{"text": text} for text in texts], indent=1))
+
+
+WRITERS = {  # by name of the format: what writes the texts into a file of that name
+    "parquet": lambda path, texts: write_parquet(path, texts, row_group_size=7),
+    "jsonl": write_jsonl,
+    "jsonl.gz": lambda path, texts: write_jsonl(path, texts, gzip.open),
+    "jsonl.zst": lambda path, texts: write_jsonl(path, texts, zstd_open),
+    "ndjson": write_jsonl,
+    "json": write_json_list,
+    "json.gz": lambda path, texts: write_jsonl(path, texts, gzip.open),
+    "JSONL": write_jsonl,
+    "csv": write_csv,
+    "arrow": write_arrow,
+}
+
+
+@pytest.mark.parametrize("make", [*WRITERS, "txt", "txt.gz", "mixed"])
 def test_every_file_format_gives_the_same_ids(make, here, vocabulary, byte_tokenizer):
+    """Bugs: a format or compression refused, upper case refused, files out of natural order."""
     middle = len(DOCS) // 2
-    if make == "parquet":
-        write_parquet("a_2.parquet", DOCS[:middle], row_group_size=7)
-        write_parquet("a_10.parquet", DOCS[middle:])  # natural order: after a_2
-    elif make == "txt":
+    if make.startswith("txt"):
         for i, text in enumerate(DOCS):
-            Path(f"a_{i}.txt").write_bytes(text.encode())
+            (gzip.open if make.endswith("gz") else open)(f"a_{i}.{make}", "wb").write(text.encode())
     elif make == "mixed":
-        write_parquet("a_1.parquet", DOCS[:middle])
-        write_jsonl("a_2.jsonl", DOCS[middle:])
+        write_parquet("a_2.parquet", DOCS[:middle])
+        write_jsonl("a_10.jsonl", DOCS[middle:])
     else:
-        write_jsonl(f"a_1.{make}", DOCS, {"jsonl.gz": gzip.open, "jsonl.zst": zstd_open}.get(make, open))
-    ids = None if make == "txt" else [*range(60)] if make.startswith("jsonl") else [*range(30), *range(30)]
-    made = prepare("d", local_files=["a_*"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
-    for directory, texts in zip(("d", "d_val"), by_hash(DOCS, ids)):
+        WRITERS[make](f"a_2.{make}", DOCS[:middle])
+        WRITERS[make](f"a_10.{make}", DOCS[middle:])  # natural order: after a_2
+    made = prepare("d", local_files="a_*", val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    for directory, texts in zip(("d", "d_val"), by_hash(DOCS)):
         assert texts and np.array_equal(stream(directory), ids_of(byte_tokenizer, texts))
     assert sum(m["text_bytes"] for m in made.values()) == sum(len(text.encode()) for text in DOCS)
 
 
+TEXT_TYPES = ["large_string", "string_view", "binary", "large_binary", "dictionary"]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES)
+def test_every_type_of_text_column(kind, here, vocabulary, byte_tokenizer):
+    """Bugs: text kept as bytes refused; an id that Python cannot express (a year beyond 9999) ends the run."""
+    ids = pyarrow.array([2**60] * len(DOCS), pyarrow.timestamp("us"))
+    texts = pyarrow.array([t.encode() for t in DOCS] if "binary" in kind else DOCS)
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(pyarrow.table({"id": ids, "text": texts}), "a.parquet")
+    prepare("d", local_files="a.parquet", val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, by_hash(DOCS)[0]))
+
+
+def test_odd_names_and_one_file_under_two_names(here, vocabulary, byte_tokenizer):
+    """Bugs: `[1]` in a folder's name is a pattern; one file read twice, or 41 times through a loop of links."""
+    Path("runs [1]").mkdir()
+    write_jsonl("runs [1]/a,=.jsonl", DOCS)
+    os.symlink("a,=.jsonl", "runs [1]/b.jsonl")
+    os.symlink(".", "runs [1]/loop")
+    files = ["runs [1]/a,=.jsonl", str(here / "runs [1]" / "a,=.jsonl"), "**/*.jsonl"]
+    prepare("d", local_files=files, val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, by_hash(DOCS)[0]))
+
+
+def test_a_parquet_file_of_no_rows_and_an_empty_text_file(here, vocabulary, byte_tokenizer):
+    """Bug: a footer that says 0 rows: ZeroDivisionError."""
+    write_parquet("a.parquet", pyarrow.array([], pyarrow.string()))
+    Path("b.jsonl").write_text("")
+    Path("c.txt").write_text("")
+    Path("d.csv").write_text("text\n")
+    write_jsonl("e.jsonl", DOCS)
+    made = prepare("d", local_files=["[a-e].*"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    assert made["train"]["skipped"] == skipped(empty=1) and sum(m["documents"] for m in made.values()) == len(DOCS)
+
+
+def test_text_that_looks_like_something_else_stays_as_it_is(here, vocabulary, byte_tokenizer):
+    """Bugs: dates and numbers guessed from text, "NA" taken for nothing, carriage returns, a byte order mark."""
+    texts = ["2020-01-01", "007", "1.50", "NA", "null", "true", "a\r\nb", '"x", y', "2021-01-01 00:00:00"]
+    write_csv("a.csv", texts)
+    Path("b.jsonl").write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps({"text": t}) + "\r\n" for t in texts).encode())
+    Path("v.txt").write_text("validation")
+    options = dict(val_files="v.txt", tokenizer=vocabulary, num_proc=1)
+    for name in "a.csv", "b.jsonl":
+        prepare(name[0], local_files=name, **options)
+        assert np.array_equal(stream(name[0]), ids_of(byte_tokenizer, texts)), name
+
+
+def test_split_on_cuts_texts_at_a_literal_marker(here, vocabulary, byte_tokenizer):
+    """Bug: stories with <|endoftext|> lines between them, as TinyStories ships, are one document."""
+    eot = "\n<|endoftext|>\n"
+    Path("a.txt").write_text(eot.join(DOCS) + eot)
+    write_jsonl("b.jsonl", [eot.join(DOCS)])
+    for name in "a.txt", "b.jsonl":
+        options = dict(local_files=name, val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+        made = prepare(name[0], split_on="<|endoftext|>", **options)
+        assert np.array_equal(stream(name[0]), ids_of(byte_tokenizer, by_hash(DOCS)[0])), name
+        assert made["train"]["skipped"] == skipped()
+    assert prepare("c", **options)["train"]["documents"] == 1  # without it, text
+
+
+def test_one_document_trains_with_its_first_part_and_validates_with_its_last(here, vocabulary, byte_tokenizer):
+    """Bug: one text file, "raise --val_share", "lower --val_share"; no value works."""
+    text = DOCS[0] * 100
+    Path("a.txt").write_text(text)
+    made = prepare("d", local_files=Path("a.txt"), tokenizer=vocabulary, num_proc=1)
+    at = int(len(text) * 0.95)
+    assert np.array_equal(stream("d"), ids_of(byte_tokenizer, [text[:at]]))
+    assert np.array_equal(stream("d_val"), ids_of(byte_tokenizer, [text[at:]]))
+    assert made["val"]["text_bytes"] + made["train"]["text_bytes"] == len(text.encode())
+
+
+def test_a_tokenizer_trained_on_the_same_text(here):
+    """From a folder of text to shards in one command; the same tokenizer on every run, kept beside the shards."""
+    for i, text in enumerate(DOCS):
+        Path(f"{i}.txt").write_text(text)
+    for name in "d", "e":
+        made = prepare(name, local_files="*.txt", train_tokenizer=400, num_proc=1)
+    assert contents("d") == contents("e")
+    assert made["train"]["tokenizer"]["vocab_size"] == load_tokenizer("d/tokenizer").vocab_size <= 400
+    assert "quick" in load_tokenizer("d/tokenizer").decode(stream("d"))
+
+
 def test_same_bytes_for_any_workers_start_method_and_batch_size(here, vocabulary, monkeypatch):
-    write_parquet("a.parquet", DOCS[:20])
+    write_parquet("a.parquet", DOCS[:20], row_group_size=3)
     write_jsonl("b.jsonl", [*DOCS[20:40], "", None, "half \ud800 pair"])
     Path("c.txt").write_text(DOCS[40])
+    write_parquet("d.parquet", DOCS[41:], row_group_size=2)
 
     def make(name, chars, **kwargs):
-        monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", chars)
-        prepare(name, local_files=["*.*"], tokenizer=vocabulary, val_share=VAL_SHARE, shard_tokens=500, **kwargs)
+        monkeypatch.setattr(pieces, "BATCH_CHARS", chars)
+        prepare(name, local_files="*.*", tokenizer=vocabulary, val_share=VAL_SHARE, shard_tokens=500, **kwargs)
         return contents(name), contents(f"{name}_val")
 
-    expected = make("one", 10**6, num_proc=1)
-    assert len(expected[0]) > 4 and len(expected[1]) > 2  # shards
-    for method in {"fork", "spawn"} & set(prepare_fineweb.multiprocessing.get_all_start_methods()):
-        assert make(f"two_{method}", 300, num_proc=2, start_method=method) == expected
-    assert make("four", 100, num_proc=4, start_method="spawn" if os.name == "nt" else "fork") == expected
+    for limit in None, 1500:
+        expected = make(f"one{limit}", 10**6, num_proc=1, max_tokens=limit)
+        assert len(expected[0]) > 4 and len(expected[1]) > 2  # shards
+        assert make(f"two{limit}", 300, num_proc=2, start_method="spawn", max_tokens=limit) == expected
+        if os.name != "nt":
+            assert make(f"four{limit}", 100, num_proc=4, start_method="fork", max_tokens=limit) == expected
+
+
+def test_one_id_that_differs_ends_the_run(here, vocabulary, capsys, monkeypatch):
+    """Bug: a fast tokenizer that is wrong for some text writes 10B wrong tokens."""
+    real = pieces.load_tokenizer
+
+    def wrong(folder):
+        tokenizer = real(folder)
+        right = tokenizer.encode_arrays
+        tokenizer.encode_arrays = lambda texts: [
+            ids[::-1] if "Document 0." in t else ids for t, ids in zip(texts, right(texts))
+        ]
+        return tokenizer
+
+    monkeypatch.setattr(pieces, "load_tokenizer", wrong)
+    write_jsonl("a.jsonl", DOCS)
+    line = refused(capsys, "--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
+    assert "a.jsonl, row 1: the fast tokenizer gives other ids" in line and "Document 0." in line
 
 
 def test_what_is_made_is_what_training_opens(here, vocabulary, byte_tokenizer):
@@ -177,22 +311,11 @@ def test_what_is_made_is_what_training_opens(here, vocabulary, byte_tokenizer):
         assert sum(s["text_bytes"] for s in data.manifest["shards"]) == data.manifest["text_bytes"]
 
 
-def test_ids_that_do_not_fit_never_wrap():
-    fake = SimpleNamespace(eot_token=0, vocab_size=70_000)
-    fake.encode_arrays = lambda texts: [np.array([69_999], np.uint32) for _ in texts]
-    ids, sizes, _ = engines.encode(fake, ["x", "yé"])
-    assert ids.dtype == np.uint32 and ids.tolist() == [0, 69_999, 0, 69_999]
-    assert sizes.tolist() == [[2, 1, 0], [2, 3, 0]]
-    fake.vocab_size = 60_000  # a tokenizer that does not keep its word
-    with pytest.raises(OverflowError):
-        engines.encode(fake, ["x"])
-
-
 # --- what is not ordinary text
 
 
 def skipped(**counts):
-    return dict.fromkeys(journal.REASONS, 0) | counts
+    return dict.fromkeys(pieces.REASONS, 0) | counts
 
 
 def test_policies_are_applied_and_counted(here, vocabulary, byte_tokenizer):
@@ -235,13 +358,16 @@ def test_null_text_in_parquet_is_skipped(here, vocabulary, byte_tokenizer):
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', ["a.jsonl, row 3", "int"]),
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl, line 2", "not JSON"]),
-        ("a.jsonl", b'{"content": "x"}\n', ["line 1", "content", "--text_column"]),
-        ("a.jsonl", b"[1]\n", ["line 1", "a JSON list"]),
-        ("a.jsonl", b'{"text": "\xff"}\n', ["line 1"]),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 3}\n', ["a.jsonl, row 2", "int"]),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', ["a.jsonl", "after row 1"]),
+        ("a.jsonl", b'{"content": "x"}\n', ["row 1", "content", "--text_column"]),
+        ("a.jsonl", b"[1]\n", ["row 1", "a JSON int"]),
+        ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl", "cannot be read"]),
+        ("a.jsonl", b"<html>", ["a.jsonl", "cannot be read"]),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], ["a.jsonl.gz", "cannot be read"]),
         ("a.parquet", b"PAR1 but no more", ["a.parquet", "cannot be read"]),
+        ("a.arrow", b"x" * 99, ["a.arrow", "cannot be read"]),
+        ("a.csv", b"id,body\n1,x\n", ["a.csv", "text", "id, body"]),
         ("a.txt", b"caf\xe9", ["a.txt", "cannot be read"]),
     ],
 )
@@ -253,6 +379,14 @@ def test_bad_input_is_named(name, data, says, here, vocabulary, capsys):
     )
     assert all(word in line for word in says), line
     assert not list(here.glob(f"edu*/{MANIFEST}"))
+
+
+@pytest.mark.parametrize("texts", [[1], [["a"]], [{"a": 1}], [datetime.date(2020, 1, 1)], [b"\xff"]], ids=str)
+def test_a_column_that_is_not_text_is_named(texts, here, vocabulary, capsys):
+    """Bug: numbers, dates or lists written as text."""
+    write_parquet("a.parquet", texts)
+    line = refused(capsys, "--local_files", "a.parquet", "--tokenizer", vocabulary, "--num_proc", 1)
+    assert "a.parquet, row 1: the text is " in line
 
 
 def test_parquet_without_the_column_or_with_numbers(here, vocabulary, capsys):
@@ -268,17 +402,17 @@ def test_parquet_without_the_column_or_with_numbers(here, vocabulary, capsys):
 def test_limits_fall_on_document_borders_and_documents_cross_shards(here, vocabulary, byte_tokenizer):
     write_jsonl("a.jsonl", DOCS)
     lengths = {text: len(byte_tokenizer.encode(text)) + 1 for text in DOCS}
-    train, _ = by_hash(DOCS, range(60))
+    train, _ = by_hash(DOCS)
     n = next(i for i in range(len(train)) if sum(lengths[text] for text in train[:i]) >= 1000)
-    _, val = by_hash(DOCS[: DOCS.index(train[n - 1])], range(60))
+    _, val = by_hash(DOCS[: DOCS.index(train[n - 1])])
     options = dict(local_files=["a.jsonl"], shard_tokens=64, tokenizer=vocabulary, num_proc=1)
     made = prepare("d", val_share=VAL_SHARE, max_tokens=1000, **options)
     assert val and np.array_equal(stream("d_val"), ids_of(byte_tokenizer, val))
     assert np.array_equal(stream("d"), ids_of(byte_tokenizer, train[:n]))
     total = sum(lengths[text] for text in train[:n])
     assert [s["tokens"] for s in made["train"]["shards"]] == [64] * (total // 64) + [total % 64]
-    said = {"shard_tokens": 64, "max_tokens": 1000, "val_share": VAL_SHARE}
-    assert made["train"]["arguments"] == said | {"min_score": None, "language": None, "dedup": False}
+    said = {"shard_tokens": 64, "max_tokens": 1000, "val_share": VAL_SHARE, "min_score": None, "language": None}
+    assert made["train"]["arguments"] == said | {"split_on": None, "train_tokenizer": None}
     assert max(lengths.values()) > 64
 
 
@@ -295,18 +429,16 @@ def test_validation_documents_do_not_depend_on_how_much_is_prepared(here, vocabu
             assert len(less) < len(more) and np.array_equal(less, more[: len(less)])
 
 
-def test_exact_duplicates_are_dropped_over_files_and_splits(here, vocabulary, byte_tokenizer):
-    """Bugs: a text seen in training again in validation; duplicates found within a batch only."""
-    write_jsonl("a.jsonl", [*DOCS[:20], *DOCS[5:9]])
-    write_parquet("b.parquet", [*DOCS[10:40], DOCS[0] + " "])
-    options = dict(local_files=["a.jsonl", "b.parquet"], tokenizer=vocabulary, num_proc=1, val_share=VAL_SHARE)
-    made = prepare("d", dedup=True, **options)
-    assert sum(m["skipped"]["duplicate"] for m in made.values()) == 14
-    texts, ids = [*DOCS[:40], DOCS[0] + " "], [*range(20), *range(10, 31)]
-    for directory, expected in zip(("d", "d_val"), by_hash(texts, ids)):
-        assert np.array_equal(stream(directory), ids_of(byte_tokenizer, expected))
-    assert sum(m["documents"] for m in prepare("e", **options).values()) == 55
-    assert not list(here.glob("*/.*"))
+def test_no_text_is_in_both_splits(here, vocabulary, byte_tokenizer):
+    """Bug: a text seen in training again in validation, under another id or from another file."""
+    write_jsonl("a.jsonl", [*DOCS, *DOCS[20:40]])
+    write_jsonl("v.jsonl", DOCS[5:9])
+    prepare("d", local_files="a.jsonl", val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
+    for directory, texts in zip(("d", "d_val"), by_hash([*DOCS, *DOCS[20:40]])):
+        assert np.array_equal(stream(directory), ids_of(byte_tokenizer, texts))
+    made = prepare("e", local_files="a.jsonl", val_files="v.jsonl", tokenizer=vocabulary, num_proc=1)
+    assert made["train"]["skipped"] == skipped(in_validation=4)
+    assert np.array_equal(stream("e"), ids_of(byte_tokenizer, [*DOCS[:5], *DOCS[9:], *DOCS[20:40]]))
 
 
 SCORED = [("en", 3.5), ("en", 2.0), ("de", 4.0), ("en", None), (None, 5.0), ("en", 3.0), ("en", float("nan"))]
@@ -342,7 +474,7 @@ def test_int_score_serves_where_there_is_no_score_and_no_column_is_an_error(here
     line = refused(capsys, *options, "--language", "en", "--out_dir", "e")
     assert "no column language, but" in line and "int_score" in line
     pyarrow.parquet.write_table(pyarrow.table(table | {"score": ["good"] * 3}), "a.parquet")
-    assert "row 1: the score is of type str" in refused(capsys, *options, "--min_score", 2.5, "--out_dir", "e")
+    assert "row 1: the score is of type str" in refused(capsys, *options, "--min_score", 2.5, "--out_dir", "f")
 
 
 def test_validation_files_go_to_validation_as_a_whole(here, vocabulary, byte_tokenizer):
@@ -358,7 +490,7 @@ def test_a_split_without_documents_is_refused_and_can_be_mended(here, vocabulary
     write_jsonl("a.jsonl", DOCS)
     options = ("--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 1)
     line = refused(capsys, *options, "--val_share", 1e-9)
-    assert "none of the 60 documents went to validation" in line and "--val_share" in line and "for example 0.2" in line
+    assert "none of the 60 documents went to validation" in line and "raise --val_share, now 1e-09" in line
     line = refused(capsys, *options, "--val_share", 1 - 1e-9)
     assert "nothing is left to train on" in line and "--val_share" in line
     assert command(capsys, *options, "--val_share", VAL_SHARE)[0] == 0
@@ -372,28 +504,31 @@ def test_a_split_without_documents_is_refused_and_can_be_mended(here, vocabulary
 
 @pytest.mark.skipif(os.name == "nt", reason="needs fork")
 def test_a_killed_worker_is_an_error_within_seconds(here, vocabulary, capsys, monkeypatch):
-    encode = engines.encode
+    encode = pieces.encoded
 
-    def dies(tokenizer, texts):
-        if any(text.startswith("Document 31.") for text in texts):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return encode(tokenizer, texts)
+    def dies(documents, tokenizer):
+        for document, ids in encode(documents, tokenizer):
+            if document.text.startswith("Document 31."):
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield document, ids
 
-    monkeypatch.setattr(engines, "encode", dies)
-    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 100)
-    write_jsonl("a.jsonl", DOCS)
-    options = ("--local_files", "a.jsonl", "--tokenizer", vocabulary, "--num_proc", 2)
+    monkeypatch.setattr(pieces, "encoded", dies)
+    for name in "a.jsonl", "b.jsonl":
+        write_jsonl(name, DOCS)
+    options = ("--local_files", "a.jsonl", "b.jsonl", "--tokenizer", vocabulary, "--num_proc", 2, "--shard_tokens", 500)
     start = time.monotonic()
     line = refused(capsys, *options, "--start_method", "fork")
     assert time.monotonic() - start < 60  # seconds on an idle machine; a hang has no end
-    assert "process died" in line and "a.jsonl, row" in line
+    assert "process died" in line and "a.jsonl" in line
     assert not Path("edu_fineweb10B", MANIFEST).exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_workers_leave_when_their_parent_is_killed(here, vocabulary):
-    write_jsonl("a.jsonl", ["word " * 200_000] * 30)
-    argv = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--local_files", "a.jsonl", "--num_proc", "2"]
+    for name in "a.jsonl", "b.jsonl":
+        write_jsonl(name, [f"{name} words " * 200_000] * 60)
+    argv = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--local_files", "a.jsonl", "b.jsonl", "--num_proc", "2"]
+    argv += ["--shard_tokens", "1000000"]
     parent = subprocess.Popen(
         [*argv, "--tokenizer", str(vocabulary)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -415,16 +550,11 @@ def test_workers_leave_when_their_parent_is_killed(here, vocabulary):
     assert len(children.split()) >= 3 and not alive(children.split())
 
 
-def test_leftovers_without_a_journal_are_begun_anew(here, vocabulary, capsys):
+def test_leftovers_without_a_plan_are_begun_anew(here, vocabulary, capsys):
     """Bug: what an older version or a run killed in its first moments left behind became part of the shards."""
     write_jsonl("a.jsonl", DOCS)
     Path("d", "tokenizer").mkdir(parents=True)
-    for name in (
-        "fineweb_train_000777.npy",
-        ".fineweb_train_000002.npy.4711.tmp",
-        ".fineweb_train.unfinished",
-        ".digests",
-    ):
+    for name in "fineweb_train_000777.npy", ".fineweb_train_000002.host.4711.unfinished", ".manifest.json.47.tmp":
         Path("d", name).write_bytes(b"of a longer run")
     options = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1)
     for directory in "d", "e":
@@ -458,81 +588,74 @@ def test_a_document_of_50_megabytes_is_one_document(here, vocabulary, byte_token
 
 @pytest.fixture
 def unfinished(here, vocabulary, monkeypatch, capsys):
-    """Flags of a run that died in the midst; its journal is younger than each batch of three documents."""
-    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0)
-    monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
-    monkeypatch.setattr(journal, "LOCK_SECONDS", 0)
-    write_jsonl("a.jsonl", DOCS)
-    options = ["--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1]
-    options += ["--shard_tokens", 500, "--out_dir"]
+    """Flags of a run that died in the midst: its first pieces are done, one is half-written."""
+    monkeypatch.setattr(prepare_fineweb, "LOCK_SECONDS", 0)
+    write_parquet("a.parquet", DOCS, row_group_size=3)
+    options = ["--local_files", "a.parquet", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1]
+    options += ["--shard_tokens", 300, "--out_dir"]
     assert command(capsys, *options, "undisturbed")[0] == 0
 
-    def dies(tokenizer, texts):
-        if DOCS[40] in texts:
-            raise KeyboardInterrupt
-        return encode(tokenizer, texts)
+    def dies(documents, tokenizer):
+        for document, ids in encoded(documents, tokenizer):
+            if document.text == DOCS[40]:
+                raise KeyboardInterrupt
+            yield document, ids
 
-    encode = engines.encode
+    encoded = pieces.encoded
     with monkeypatch.context() as m:
-        m.setattr(engines, "encode", dies)
+        m.setattr(pieces, "encoded", dies)
         code, err = command(capsys, *options, "d")
         assert code == 130 and err.endswith("interrupted; the same command goes on from here\n")
-    assert Path("d", journal.JOURNAL).exists() and not Path("d", MANIFEST).exists()
+    assert len(list(Path("d", "pieces").glob("0*.json"))) > 1 and not Path("d", MANIFEST).exists()
     return [*options, "d"]
 
 
 def test_an_unfinished_run_goes_on(unfinished, capsys, monkeypatch):
     """Bug: begun anew, which after a night is as bad as an error."""
-    seen, encode = [], engines.encode
-    monkeypatch.setattr(engines, "encode", lambda tokenizer, texts: seen.extend(texts) or encode(tokenizer, texts))
+    done, made, make = set(Path("d", "pieces").glob("0*.json")), [], pieces.make_piece
+    monkeypatch.setattr(pieces, "make_piece", lambda job: made.append(job.piece.number) or make(job))
     code, err = command(capsys, *unfinished)
-    assert code == 0 and "going on after" in err and seen == DOCS[39:]
+    assert code == 0, err
+    assert made and not {f"{n:06d}" for n in made} & {path.stem for path in done}
     for suffix in "", "_val":
         assert contents(f"d{suffix}") == contents(f"undisturbed{suffix}")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_the_journal_speaks_of_nothing_that_a_power_cut_can_take(here, vocabulary, monkeypatch):
-    """Bug: what no kill shows: a journal on the disk before the tokens, digests and shards that it counts."""
-    monkeypatch.setattr(journal, "JOURNAL_SECONDS", 0)
-    monkeypatch.setattr(prepare_fineweb, "BATCH_ROWS", 3)
+def test_facts_speak_of_nothing_that_a_power_cut_can_take(here, vocabulary, monkeypatch):
+    """Bug: what no kill shows: facts on the disk before the shards that they count, a manifest before either."""
     fsync, replace, synced, checked = os.fsync, os.replace, {}, []
 
     def recorded_fsync(fd):
         fsync(fd)
+        fd = fd if isinstance(fd, int) else fd.fileno()
         synced[os.readlink(f"/proc/self/fd/{fd}")] = os.fstat(fd).st_size
 
     def recorded_replace(source, target):
         source, target = (str(Path(p).absolute()) for p in (source, target))
         replace(source, target)
         synced[target] = synced.pop(source)  # KeyError: renamed before it was on the disk
-        if target.endswith(journal.JOURNAL):
+        if "/pieces/0" in target or target.endswith(MANIFEST):
             told = json.loads(Path(target).read_text())
-            assert synced.get(str(here / "d/.digests"), 0) == 16 * told["digests"]
-            for split, directory in ("train", "d"), ("val", "d_val"):
-                writer = told["splits"][split]["writer"]
-                if writer["filled"]:
-                    path = here / directory / f".fineweb_{split}.unfinished"
-                    assert synced[str(path)] == path.stat().st_size == 128 + 2 * writer["filled"]
-                    checked.append(path)
-                for shard in writer["shards"]:
-                    assert synced[str(here / directory / shard["name"])] == 128 + 2 * shard["tokens"]
+            for shard in [*told.get("shards", []), *told.get("train", {}).get("shards", [])]:
+                [path] = [p for p in here.glob(f"d*/{shard['name']}")]
+                assert synced[str(path)] == 128 + 2 * shard["tokens"]
+                checked.append(path)
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(os, "replace", recorded_replace)
-    write_jsonl("a.jsonl", DOCS)
-    options = dict(local_files=["a.jsonl"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1, dedup=True)
-    prepare("d", shard_tokens=500, **options)
-    assert len(checked) > 30
+    write_parquet("a.parquet", DOCS, row_group_size=3)
+    prepare("d", local_files="a.parquet", val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1, shard_tokens=300)
+    assert len(checked) > 20
 
 
 def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
     """Bug: shards whose first half was made with other settings than the second."""
     before = contents("d")
     for change, says in [
-        (["--shard_tokens", 700], ["shard_tokens there 500, now 700"]),
+        (["--shard_tokens", 700], ["shard_tokens there 300, now 700"]),
         (["--val_share", 0.3], ["val_share there 0.15, now 0.3"]),
-        (["--dedup"], ["dedup there False, now True"]),
+        (["--split_on", "fox"], ["split_on there None, now 'fox'"]),
         (["--text_column", "id"], ["text_column there 'text', now 'id'"]),
     ]:
         line = refused(capsys, *unfinished, *change)
@@ -544,36 +667,40 @@ def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
     assert contents("d") == contents("undisturbed")
 
 
-@pytest.mark.parametrize("what", ["cut", "no splits", "a text for a number", "tokens gone", "shard gone", "shard cut"])
-def test_a_journal_that_cannot_be_right_is_refused(what, unfinished, capsys):
+@pytest.mark.parametrize("what", ["facts cut", "facts of nothing", "of another plan", "shard gone", "shard cut"])
+def test_facts_that_cannot_be_right_are_made_again(what, unfinished, capsys):
     """Bugs: tracebacks; shards with a hole where tokens were lost."""
-    path = Path("d", journal.JOURNAL)
-    saved = json.loads(path.read_text())
-    if what == "cut":
+    path = Path("d", "pieces", "000001.json")
+    if what == "facts cut":
         path.write_text(path.read_text()[:99])
-    elif what == "no splits":
-        path.write_text(json.dumps({k: v for k, v in saved.items() if k != "splits"}))
-    elif what == "a text for a number":
-        saved["splits"]["train"]["writer"]["filled"] = "many"
-        path.write_text(json.dumps(saved))
-    elif what == "tokens gone":
-        Path("d", ".fineweb_train.unfinished").write_bytes(b"x")
+    elif what == "facts of nothing":
+        path.write_text("{}")
+    elif what == "of another plan":
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"plan": "x"}))
     elif what == "shard gone":
-        Path("d", "fineweb_train_000001.npy").unlink()
+        Path("d", "fineweb_train_000001_000000.npy").unlink()
     else:
-        Path("d", "fineweb_train_000001.npy").write_bytes(b"x")
-    line = refused(capsys, *unfinished)
-    assert "d/" in line and ("damaged" in line or "--restart" in line or "not JSON" in line), line
-    assert command(capsys, *unfinished, "--restart")[0] == 0
+        Path("d", "fineweb_train_000001_000000.npy").write_bytes(b"x")
+    assert command(capsys, *unfinished)[0] == 0
     assert contents("d") == contents("undisturbed")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no flock")
 def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
-    """Bug: both append to the same unfinished shard."""
-    with journal.alone(journal.split_directories("d")):
+    """Bug: one removes what the other is writing."""
+    with prepare_fineweb.alone(pieces.split_directories("d")):
         assert "another process is preparing it" in refused(capsys, *unfinished)
     assert command(capsys, *unfinished)[0] == 0
+
+
+def test_parts_made_by_several_hosts(unfinished, capsys):
+    """Job arrays: any order, parts of one plan, and the plain command finishes with the bytes of one run."""
+    for part in "2:3", "0:3", "1:3":
+        assert command(capsys, *unfinished, "--pieces", part)[0] == 0
+        assert not Path("d", MANIFEST).exists()
+    assert command(capsys, *unfinished)[0] == 0
+    for suffix in "", "_val":
+        assert contents(f"d{suffix}") == contents(f"undisturbed{suffix}")
 
 
 # --- the same command again
@@ -596,11 +723,11 @@ def test_a_rerun_of_the_same_does_nothing(here, vocabulary, capsys):
         (["--shard_tokens", "77"], ["shard_tokens", "77", "100000000"]),
         (["--val_share", "0.2"], ["val_share", "0.2", "0.15"]),
         (["--min_score", "1"], ["min_score", "None", "1.0"]),
-        (["--dedup"], ["dedup", "False", "True"]),
+        (["--split_on", "x"], ["split_on", "None", "x"]),
         (["--max_tokens", "900"], ["max_tokens", "900"]),
         (["--tokenizer", "other"], ["tokenizer", "fingerprint"]),
-        (["--local_files", "b.jsonl"], ["source", "a.jsonl", "b.jsonl"]),
-        (["--local_files", "grown"], ["source", "a.jsonl"]),
+        (["--local_files", "b.jsonl"], ["source", "b.jsonl"]),
+        (["--local_files", "changed"], ["source", "a.jsonl"]),
     ],
 )
 def test_a_rerun_made_otherwise_is_refused(change, says, here, vocabulary, capsys):
@@ -611,9 +738,9 @@ def test_a_rerun_made_otherwise_is_refused(change, says, here, vocabulary, capsy
     before = contents("edu_fineweb10B")
     if change[-1] == "other":
         Path("other").mkdir()
-        demo_corpus.train_tokenizer(DOCS, 300).save("other")
-    if change[-1] == "grown":
-        write_jsonl("a.jsonl", [*DOCS, "one more"])
+        train_tokenizer(DOCS, 300).save("other")
+    if change[-1] == "changed":
+        write_jsonl("a.jsonl", [*DOCS[:-1], DOCS[-1].replace("quick", "quack")])  # of the same size
         change = []
     line = refused(capsys, *options, *change)
     assert all(word in line for word in says), line
@@ -642,7 +769,7 @@ def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
     line = refused(
         capsys, "--local_files", "nothing_*.parquet", "--val_files", "a.jsonl", "--dataset", "x", "--max_tokens", 0,
         "--shard_tokens", 0, "--num_proc", -1, "--val_share", 0, "--start_method", "sporn", "--tokenizer", vocabulary,
-        "--min_score", "nan", "--ray_address", "x",
+        "--min_score", "nan", "--ray_address", "x", "--pieces", "3:3",
     )  # fmt: skip
     for word in (
         "nothing_*.parquet",
@@ -650,8 +777,9 @@ def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
         "--max_tokens",
         "--shard_tokens",
         "--num_proc",
-        "--val_share 0.0: must lie",
+        "--val_share is 0.0; it must be above 0",
         "--val_share: not together",
+        "--pieces 3:3: expected",
         "--min_score",
         "--ray_address",
         "sporn",
@@ -666,56 +794,49 @@ def test_all_problems_with_the_arguments_come_at_once(here, vocabulary, capsys):
     [
         (["--local_files", "no/such/*.parquet"], ["no/such/*.parquet", "no such file"]),
         (["--local_files", "folder"], ["folder", "*.parquet"]),
-        (["--local_files", "a.csv"], ["a.csv", ".jsonl"]),
+        (["--local_files", "a.pdf"], ["a.pdf", ".jsonl"]),
         (["--local_files", ""], ["no such file"]),
         (["--local_files", "a.jsonl", "--val_files", "./a.json*"], ["a.jsonl", "both"]),
         (["--local_files", "a.jsonl", "--tokenizer", "folder"], ["folder", "tokenizer.json"]),
-        (["--local_files", "a.jsonl", "--out_dir", "a.csv", "--val_share", "0.1"], ["a.csv", "a file"]),
+        (["--local_files", "a.jsonl", "--out_dir", "a.pdf", "--val_share", "0.1"], ["a.pdf", "a file"]),
         (["--local_files", "a.jsonl", "--demo"], ["--local_files", "--demo"]),
     ],
 )
 def test_wrong_paths_exit_with_2_and_one_line(argv, says, here, vocabulary, capsys):
     write_jsonl("a.jsonl", DOCS)
     Path("folder").mkdir()
-    Path("a.csv").write_text("1,2")
+    Path("a.pdf").write_text("1,2")
     line = refused(capsys, "--num_proc", 1, "--tokenizer", vocabulary, *argv)
     assert all(word in line for word in says), line
 
 
-def test_every_line_of_help_states_its_default():
-    for action in prepare_fineweb.build_parser()._actions[1:]:
-        assert "default: " in action.help, action.dest
+@pytest.mark.skipif(
+    os.name == "nt" or (os.geteuid() == 0 and not shutil.which("unshare")), reason="needs a read-only folder"
+)
+def test_a_finished_corpus_that_nobody_can_write_to(here, vocabulary, capsys, monkeypatch):
+    """Bug: "[Errno 30] Read-only file system" instead of "already prepared"."""
+    write_jsonl("a.jsonl", DOCS)
+    options = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE, "--tokenizer", vocabulary, "--num_proc", 1)
+    assert command(capsys, *options)[0] == 0
 
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
 
-def test_progress_reports_the_rate_and_the_time_left(capsys):
-    """Bug: after a restart, the rate and the time left counted what an earlier run had done."""
-    tally = journal.Tally(documents=1, tokens=6_000_000, text_bytes=24_000_000)
-    for before in None, journal.Tally(documents=1, tokens=5_400_000, text_bytes=22_000_000):
-        progress = prepare_fineweb.Progress(source_bytes=1000)
-        progress.start = time.monotonic() - 60
-        if before:
-            progress.begin({"train": before}, 400)
-        progress.update({"train": tally}, 500)
-        progress.show()
-        line = capsys.readouterr().err
-        assert line.startswith("1 documents, 6.0M tokens, ") and "tokens/s" in line and "MB/s" in line
-        assert re.search("[ ,](9,9..|10,0..) tokens/s" if before else "(99,9..|100,0..) tokens/s", line), line
-        assert re.search("0:0(5:00|4:59) left" if before else "0:0(1:00|0:59) left", line), line
-    nothing_known = prepare_fineweb.Progress()
-    nothing_known.show()
-    assert "left" not in capsys.readouterr().err
+    for name in "mkdir", "unlink", "replace", "rmdir", "rename":
+        monkeypatch.setattr(os, name, read_only)
+    assert command(capsys, *options)[0] == 0
 
 
 def test_the_lengths_of_documents_are_counted_and_drawn(tmp_path, vocabulary, byte_tokenizer, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl("a.jsonl", DOCS)
     made = prepare("d", local_files=["a.jsonl"], val_share=VAL_SHARE, tokenizer=vocabulary, num_proc=1)
-    picture = Path("d", journal.PICTURE).read_bytes()
+    picture = Path("d", prepare_fineweb.PICTURE).read_bytes()
     assert picture.startswith(b"\x89PNG") and not list(Path("d_val").glob("*.png"))
-    for split, texts in zip(("train", "val"), by_hash(DOCS, range(60))):
+    for split, texts in zip(("train", "val"), by_hash(DOCS)):
         expected = {}
         for n in (len(byte_tokenizer.encode(text)) + 1 for text in texts):
-            low = str(max(end for end in journal.LENGTHS if end <= n))
+            low = str(max(end for end in pieces.LENGTHS if end <= n))
             expected[low] = expected.get(low, 0) + 1
         assert made[split]["lengths"] == expected
 
@@ -765,8 +886,8 @@ def test_demo_corpus_is_the_same_each_time_and_not_remade(demo, here, capsys):
 
 
 def test_demo_needs_no_documentation_elsewhere(here, monkeypatch):
-    monkeypatch.setattr(prepare_fineweb, "help_topics", list)
-    monkeypatch.setattr(prepare_fineweb, "library_docstrings", list)
+    monkeypatch.setattr(demo_corpus, "help_topics", list)
+    monkeypatch.setattr(demo_corpus, "library_docstrings", list)
     with pytest.raises(UserError, match="--local_files"):
         prepare_demo("d")
 

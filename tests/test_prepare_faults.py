@@ -18,29 +18,26 @@ from test_faults import FULL, KILL, pytestmark, server  # noqa: F401 (its marks,
 
 class Job:
     """A command line of prepare_fineweb.py over parquet with several row groups and gzipped JSON lines; with texts
-    that are skipped, repeated and longer than a shard."""
+    that are skipped and one that is longer than a shard."""
 
-    def __init__(self, folder, server, tokenizer, n, journal_seconds, *flags):  # noqa: F811
+    def __init__(self, folder, server, tokenizer, n, shard_tokens, *flags):  # noqa: F811
         self.folder, self.server = folder, server
         rng = np.random.default_rng(n)
         texts = [f"Text {i}: " + " ".join(map(str, rng.integers(0, 99, rng.integers(5, 60)))) for i in range(n)]
-        texts[n // 3] = texts[n // 3] * 20  # longer than several shards
-        texts[n // 2 :: 5] = texts[: len(texts[n // 2 :: 5])]  # duplicates, of other files too
+        texts[n // 3] = texts[n // 3] * 20  # longer than a shard
         texts[1::11] = [None] * len(texts[1::11])
         (folder / "tokenizer").mkdir()
         tokenizer.save(folder / "tokenizer")
         half = 2 * n // 3
-        table = pyarrow.table({"id": [f"<{i}>" for i in range(half)], "text": texts[:half]})
-        pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=5)
+        pyarrow.parquet.write_table(
+            pyarrow.table({"text": texts[:half]}), folder / "a.parquet", row_group_size=half // 4
+        )
         with gzip.open(folder / "b.jsonl.gz", "wt") as f:
             f.writelines(json.dumps({"id": i, "text": text}) + "\n\n" for i, text in enumerate(texts[half:]))
         files = ["--local_files", str(folder / "a.parquet"), str(folder / "b.jsonl.gz")]
-        self.argv = [*files, "--tokenizer", str(folder / "tokenizer"), "--val_share", "0.2", "--dedup", *flags]
-        self.constants = {
-            "prepare_fineweb.BATCH_CHARS": 400,
-            "journal.JOURNAL_SECONDS": journal_seconds,
-            "journal.LOCK_SECONDS": 20,
-        }
+        self.argv = [*files, "--tokenizer", str(folder / "tokenizer"), "--val_share", "0.2", *flags]
+        self.argv += ["--shard_tokens", str(shard_tokens)]
+        self.constants = {"pieces.BATCH_CHARS": 400, "prepare_fineweb.LOCK_SECONDS": 20}
 
     def run(self, name, *more, **how):
         argv = [*self.argv, *more, "--out_dir", str(self.folder / name)]
@@ -72,20 +69,21 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path, server, byte_tokenizer):  # noqa: F811
-    """Journal after every batch, shards of 300 tokens."""
-    made = Job(tmp_path, server, byte_tokenizer, 24, 0, "--num_proc", "1", "--shard_tokens", "300")
+    """Four pieces, one of them of several shards."""
+    made = Job(tmp_path, server, byte_tokenizer, 24, 900, "--num_proc", "1")
     result = made.run("undisturbed")
     assert result["code"] == 0, result["output"]
     return made
 
 
 def test_killed_at_every_file_system_call(job, tally):
-    """A crash between any two calls or within a write: of tokens, digests, shards, journals, the manifests."""
+    """A crash between any two calls or within a write: of tokens, shards, facts, the plan, the manifests."""
     expected = job.outcome("undisturbed")
     assert len([p for p in expected if p.endswith(".npy")]) > 6 and not any("/." in p for p in expected)
-    calls = job.run("counted")["calls"]
-    assert calls > 150 and job.outcome("counted") == expected
-    resumed = 0
+    counted = job.run("counted")
+    calls, n_pieces = counted["calls"], counted["output"].count("pieces made")
+    assert calls > 100 and n_pieces > 2 and job.outcome("counted") == expected
+    again_made = 0
     for at in range(1, calls + 1):
         job.remove("victim")
         killed = job.run("victim", how=KILL, at=at)
@@ -93,10 +91,10 @@ def test_killed_at_every_file_system_call(job, tally):
         job.check_unfinished("victim", expected)
         again = job.run("victim")
         assert again["code"] == 0, f"killed at call {at}: {again['output']}"
-        resumed += "going on after" in again["output"]
+        again_made += again["output"].count("pieces made")
         assert job.outcome("victim") == expected, f"killed at call {at}"
         tally("kills of a preparation survived")
-    assert resumed > 0.8 * calls  # and did not begin anew
+    assert again_made < 0.7 * n_pieces * calls  # and did not begin anew
 
 
 def test_disk_full_from_every_file_system_call_on(job, tally):
@@ -118,14 +116,14 @@ def test_disk_full_from_every_file_system_call_on(job, tally):
 @pytest.mark.parametrize("workers", [("--num_proc", "1"), ("--num_proc", "2", "--start_method", "fork")])
 def test_killed_at_random_moments_until_done(workers, tmp_path, server, byte_tokenizer, tally):  # noqa: F811
     """20 kills of whole preparations: going on after going on, in the midst of repairing what a kill left behind."""
-    job = Job(tmp_path, server, byte_tokenizer, 900, 0.02, "--shard_tokens", "3000")
+    job = Job(tmp_path, server, byte_tokenizer, 900, 10_000)
     assert job.run("undisturbed", "--num_proc", "1")["code"] == 0
     expected, kills, seed = job.outcome("undisturbed"), 0, 0
     while kills < 20:
         seed += 1
         moments, name = random.Random(seed), f"victim{seed}"
         for _ in range(60):
-            result = job.run(name, *workers, kill_after=moments.uniform(0.05, 0.5))
+            result = job.run(name, *workers, kill_after=moments.uniform(0.05, 1.0))
             if result["code"] == 0:
                 break
             assert result["code"] == -9, result["output"]
@@ -137,11 +135,11 @@ def test_killed_at_random_moments_until_done(workers, tmp_path, server, byte_tok
 
 
 def test_stopped_with_any_number_of_workers_and_finished_with_another(tmp_path, server, byte_tokenizer):  # noqa: F811
-    """Bug: a position in the source that depends on how many batches were in flight."""
-    job = Job(tmp_path, server, byte_tokenizer, 900, 0, "--shard_tokens", "3000")
+    """Bug: bytes that depend on which pieces were in flight."""
+    job = Job(tmp_path, server, byte_tokenizer, 900, 10_000)
     assert job.run("undisturbed", "--num_proc", "1")["code"] == 0
     for first, second in ("1", "4"), ("4", "2"):
-        killed = job.run("victim", "--num_proc", first, "--start_method", "fork", how=KILL, at=400)
+        killed = job.run("victim", "--num_proc", first, "--start_method", "fork", how=KILL, at=60)
         assert killed["code"] == -9, killed["output"]
         assert job.run("victim", "--num_proc", second, "--start_method", "fork")["code"] == 0
         assert job.outcome("victim") == job.outcome("undisturbed")

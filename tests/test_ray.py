@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import engines
-import journal
 import prepare_fineweb
-from prepare_fineweb import prepare
+from prepare_fineweb import PrepareConfig, prepare
+from support import workers
 from support.cli import UserError, run
 from test_prepare import contents, write_parquet
 
@@ -47,7 +46,7 @@ def busy_workers():
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"ray::encode_on_ray"):
+            if path.read_bytes().startswith(b"ray::on_one_thread"):
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -59,16 +58,15 @@ def busy_workers():
 def test_two_ray_workers_one_of_them_killed_make_the_bytes_of_a_local_run(
     cluster, tmp_path, byte_tokenizer, monkeypatch, tally
 ):
-    """Bugs: results in the order in which they are ready; a batch lost, or taken twice, when its worker dies."""
+    """Bugs: pieces in the order in which they are ready; one lost, or taken twice, when its worker dies."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "BATCH_CHARS", 300_000)
-    monkeypatch.setattr(journal, "draw_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
     byte_tokenizer.save(tmp_path)
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(0, 10**6, rng.integers(10, 30_000)))) for _ in range(60)]
-    write_parquet("a.parquet", [*texts, None, texts[3], "", "half \ufffd pair"])
-    options = dict(local_files=["a.parquet"], tokenizer=".", val_share=0.2, shard_tokens=200_000, dedup=True)
-    prepare("local", num_proc=1, **options)
+    write_parquet("a.parquet", [*texts, None, "", "half \ufffd pair"], row_group_size=4)
+    options = dict(local_files="a.parquet", tokenizer=".", val_share=0.2, shard_tokens=200_000)
+    prepare(PrepareConfig(out_dir="local", num_proc=1, **options))
     killed = []
 
     def kill_one():
@@ -80,7 +78,7 @@ def test_two_ray_workers_one_of_them_killed_make_the_bytes_of_a_local_run(
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    prepare("ray", engine="ray", ray_address=cluster, **options)
+    prepare(PrepareConfig(out_dir="ray", engine="ray", ray_address=cluster, **options))
     assert killed, "no worker was ever seen at work"
     assert contents("ray") == contents("local") and contents("ray_val") == contents("local_val")
     tally("Ray workers killed")
@@ -90,6 +88,6 @@ def test_a_cluster_that_does_not_answer():
     """Bug: minutes without a word, then Ray's own traceback."""
     for address in "127.0.0.1:9", "127.0.0.1:99999999":
         with pytest.raises(UserError, match=f"--ray_address {address}: nothing answers there"):
-            engines.reach(address)
+            workers.refuse_silence(address)
     for address in None, "auto", "local", "ray://127.0.0.1:9":  # Ray's to understand
-        engines.reach(address)
+        workers.refuse_silence(address)

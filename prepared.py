@@ -1,0 +1,125 @@
+"""The two folders of a preparation: what is there already, whether it is of the same recipe, and who writes there.
+
+An unfinished one has pieces/plan.json, which holds the recipe: source, flags and tokenizer. A finished one has a
+manifest.json in each folder, which holds it too. So another recipe is refused before anything is written.
+"""
+
+import os
+import re
+import shutil
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_processing_fineweb import MANIFEST, find_shards
+from support.cli import UserError
+from support.files import locked
+
+PLAN, PICTURE, ANEW = "plan.json", "document_lengths.png", "begin anew with --restart"
+OURS = re.compile(  # what this script writes into its two folders
+    rf"fineweb_(train|val)_\d{{6,}}(_\d{{6,}})?\.npy|{MANIFEST}|{PICTURE}|pieces/(\d{{6,}}|plan)\.json"
+    r"|tokenizer/tokenizer(_config)?\.json|(pieces/|tokenizer/)?\..+\.(tmp|unfinished)"
+)
+
+
+def described(tokenizer) -> dict:
+    facts = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "eot_token")}
+    return facts | {"fingerprint": tokenizer.fingerprint()}
+
+
+def differences(there, now, name=""):
+    """The leaves in which two nested dicts differ, as text; a name (of a tokenizer) decides nothing."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in (there | now).keys() - {"name"}:
+            yield from differences(there.get(key), now.get(key), f"{name} {key}")
+    elif there != now:
+        yield f"{name.strip()} there {there!r}, now {now!r}"
+
+
+def refuse_other(directory, what, there, recipe):
+    """UserError if anything of the recipe is otherwise there."""
+    found = sorted(set(differences({key: there.get(key) for key in recipe}, recipe)))
+    if found:
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(f"{directory}: {what}: {'; '.join(found[:5])}{more}. Name another --out_dir, or {ANEW}")
+
+
+def already_prepared(directories, recipe) -> dict | None:
+    """The manifests if both splits are complete, else None. UserError if one was made otherwise. Nothing is written."""
+    manifests = {}
+    for split, directory in directories.items():
+        if (directory / MANIFEST).exists():
+            manifests[split] = find_shards(directory, split)[1]
+            refuse_other(directory, "already holds shards made otherwise", manifests[split], recipe)
+            refuse_damaged(directory / MANIFEST, manifests[split])
+    return manifests if len(manifests) == len(directories) else None
+
+
+def refuse_damaged(path, manifest):
+    """UserError unless a manifest counts, as `finish` left it, what `summarize` tells."""
+    skipped = manifest.get("skipped")
+    counts = [manifest.get(key) for key in ("documents", "tokens", "text_bytes", "replaced_surrogates")]
+    counts += skipped.values() if isinstance(skipped, dict) else [None]
+    if not all(type(n) is int and n >= 0 for n in counts) or not manifest["tokens"]:
+        raise UserError(f"{path}: its counts of documents and tokens are damaged; delete that folder, start again")
+
+
+@contextmanager
+def alone(directories, seconds=0):
+    """In it, this process alone writes there. UserError if another does, or something else is there."""
+    for directory in directories.values():
+        if directory.exists() and not directory.is_dir():
+            raise UserError(f"{directory}: a file; name another --out_dir")
+    for directory in directories.values():
+        directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directories["train"], os.O_RDONLY)
+    try:
+        with locked(fd, lambda: f"{directories['train']}: another process is preparing it", seconds):
+            yield
+    finally:
+        os.close(fd)
+
+
+def files_in(directories) -> dict[Path, str]:
+    """All files in both folders, and their names within them."""
+    return {p: p.relative_to(d).as_posix() for d in directories.values() for p in sorted(d.rglob("*")) if p.is_file()}
+
+
+def refuse_foreign(directories):
+    """UserError if something is there that this script did not write, and so must not delete."""
+    foreign = [path for path, name in files_in(directories).items() if not OURS.fullmatch(name)]
+    if foreign:
+        there = ", ".join(map(str, foreign[:5]))
+        raise UserError(f"{there}: this script did not write that, and does not mix its files with others; name "
+                        "another --out_dir")  # fmt: skip
+
+
+def remove(directories, which):
+    """Removes the files of ours whose names `which` accepts; what vouches for others first."""
+    found = [(path, name) for path, name in files_in(directories).items() if OURS.fullmatch(name) and which(name)]
+    for path, _ in sorted(found, key=lambda pair: (pair[1] != MANIFEST, not pair[1].startswith("pieces/"))):
+        path.unlink()
+
+
+def is_hidden(name):
+    return Path(name).name.startswith(".")
+
+
+def forget_pieces(directories):
+    """The facts are in the manifests now."""
+    shutil.rmtree(directories["train"] / "pieces", ignore_errors=True)  # or it is a medium that nobody can write to
+
+
+def refuse_empty(c, manifests):
+    train, val = manifests["train"]["documents"], manifests["val"]["documents"]
+    skipped = Counter(manifests["train"]["skipped"]) + Counter(manifests["val"]["skipped"])
+    why = f" (skipped: {', '.join(f'{n:,} {reason}' for reason, n in skipped.items())})" if skipped else ""
+    if not val and c.val_files:
+        raise UserError(f"--val_files hold no document to take{why}")
+    if not train + val:
+        raise UserError(f"the source holds no document to take{why}")
+    if not val:
+        raise UserError(f"none of the {train:,} documents went to validation, and their last parts are empty; raise "
+                        f"--val_share, now {c.val_share:g}, or name validation files with --val_files")  # fmt: skip
+    if not train:
+        raise UserError(f"nothing is left to train on: {val:,} documents went to validation{why}; lower --val_share")

@@ -1,0 +1,219 @@
+"""Rows of text from files on this machine or on the Hugging Face hub. `datasets` opens, decompresses and retries.
+
+A row is a dict with text, and score and language where they are wanted. A mistake in a file is one line that names
+the file.
+"""
+
+import errno
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from support.cli import UserError, one_line
+from support.files import natural
+
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
+           ".arrow": "arrow", ".txt": "text"}  # fmt: skip
+COMPRESSED = (".gz", ".zst")
+
+
+class File(NamedTuple):
+    path: str  # or hf://datasets/NAME@COMMIT/PATH
+    size: int  # bytes
+
+
+class Wanted(NamedTuple):
+    """What is read of each row."""
+
+    text_column: str = "text"
+    score: bool = False
+    language: bool = False
+    split_on: str | None = None  # between the documents of a .txt
+
+
+# ---------------------------------------------------------------------------------------
+# Which files there are.
+
+
+def format_of(path) -> str | None:
+    """The name of the loader in `datasets`; "json" is read by us from lines of text."""
+    path = path.lower()
+    ending = Path(next((path.removesuffix(e) for e in COMPRESSED if path.endswith(e)), path)).suffix
+    return FORMATS.get(ending)
+
+
+def find_files(flag_name, patterns) -> list[File]:
+    """The files that the patterns match in natural order, each once, whatever its names. UserError."""
+    found = {}
+    for pattern in map(os.path.expanduser, patterns):
+        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not matches:
+            folder = next((p for p in Path(pattern).parents if p.is_dir()), Path())
+            there = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+            raise UserError(f"--{flag_name} {pattern}: no such file; {folder.resolve()} holds {there}")
+        for path in sorted(matches, key=in_natural_order):
+            if os.path.isdir(path) and path == pattern:
+                raise UserError(f"--{flag_name} {path}: a folder; name the files in it, for example '{path}/*.parquet'")
+            if not os.path.isdir(path):
+                try:
+                    about = os.stat(path)
+                except OSError as error:
+                    if error.errno == errno.ELOOP:  # a folder that a link in it leads back to, once too often
+                        continue
+                    raise UserError(f"--{flag_name} {path}: cannot be read ({error.strerror})") from error
+                found.setdefault((about.st_dev, about.st_ino), File(path, about.st_size))
+    for file in found.values():
+        if format_of(file.path) is None:
+            raise UserError(f"--{flag_name} {file.path}: cannot read this kind of file, expected {', '.join(FORMATS)}")
+    return sorted(found.values(), key=lambda file: in_natural_order(file.path))
+
+
+def in_natural_order(path):
+    return [natural(Path(part)) for part in Path(path).parts]
+
+
+def hub_files(name, subset, split, revision) -> tuple[list[File], str]:
+    """The files of one split of a dataset, as `datasets` finds them, and the commit. UserError."""
+    try:
+        import datasets
+        from huggingface_hub import HfFileSystem
+
+        builder = datasets.load_dataset_builder(name, subset, revision=revision)
+        splits = builder.config.data_files or {}
+        if not splits.get(split):
+            raise UserError(f"dataset {name}: no split {split!r}; --split takes {', '.join(splits) or 'none'}")
+        paths, system = list(splits[split]), HfFileSystem()
+        listed = [e for folder in sorted({os.path.dirname(p) for p in paths}) for e in system.ls(folder, detail=True)]
+    except UserError:
+        raise
+    except Exception as error:  # a hub has many ways to be out of reach
+        raise UserError(
+            f"dataset {name}: the hub could not be read ({type(error).__name__}: {one_line(error)}). Check the network "
+            "and the names, or fetch its parquet files by other means and name them with --local_files"
+        ) from error
+    sizes = {entry["name"]: entry["size"] for entry in listed}
+    unknown = [path for path in paths if format_of(path) is None]
+    if unknown:
+        raise UserError(f"{unknown[0]}: cannot read this kind of file, expected {', '.join(FORMATS)}")
+    commit = re.match(r"hf://datasets/[^@]+@([^/]+)/", paths[0])[1]
+    return [File(path, sizes[path.removeprefix("hf://")]) for path in paths], commit
+
+
+def identity(files) -> dict:
+    """By path what changes when a file's content does: size, time, and a hash of its first and last 64 KB."""
+    found = {}
+    for path, size in files:
+        with open(path, "rb") as f:
+            ends = f.read(2**16)
+            f.seek(max(0, size - 2**16))
+            ends += f.read(2**16)
+        name = path.encode(errors="replace").decode()  # any name fits into JSON
+        found[name] = [size, int(os.stat(path).st_mtime), hashlib.sha256(ends).hexdigest()[:16]]
+    return found
+
+
+# ---------------------------------------------------------------------------------------
+# What is in them.
+
+
+def opened(kind, paths, **how):
+    """The streaming dataset of these files."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is raised as well
+    names = [path if path.startswith("hf://") else glob.escape(os.path.abspath(path)) for path in paths]
+    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
+
+
+def rows_of(paths, wanted, part=0, parts=1):
+    """(where it is, row) for each row of the files, in their order; of a parquet file only its row groups of part
+    `part` of `parts` equal ones. UserError names the file."""
+    for kind, group in itertools.groupby(paths, format_of):
+        whole = kind == "text" and not wanted.split_on
+        for path, rows in text_files([*group]) if whole else zip(group, itertools.repeat(None)):
+            number = 0
+            try:
+                for number, row in enumerate(rows or READERS[kind](path, wanted, part, parts), 1):
+                    yield f"{path}, row {number}", row
+            except UserError as error:
+                raise UserError(f"{path}, row {number + 1}: {error}") from error
+            except Exception as error:  # each library has errors of its own
+                why = f"{type(error).__name__}: {one_line(error)}"
+                raise UserError(f"{path}: cannot be read after row {number:,} ({why})") from error
+
+
+def columns_of(there, wanted) -> dict:
+    """Which column serves as text, score and language, where they are needed. UserError."""
+    names_of = {"text": (wanted.text_column,)}
+    names_of |= {"score": ("score", "int_score")} if wanted.score else {}
+    names_of |= {"language": ("language",)} if wanted.language else {}
+    found = {key: next((name for name in names if name in there), None) for key, names in names_of.items()}
+    for key, names in names_of.items():
+        if found[key] is None:
+            hint = "; see --text_column" if key == "text" else ""
+            raise UserError(f"no column {' or '.join(names)}, but {', '.join(there) or 'none'}{hint}")
+    return found
+
+
+def read_columns(path, wanted, part, parts):
+    """Rows of parquet, arrow and csv."""
+    kind = format_of(path)
+    as_text = dict.fromkeys((wanted.text_column, "score", "int_score", "language"), str)  # "007" stays "007"
+    how = {"parquet": {"batch_size": 256}, "csv": {"converters": as_text, "na_filter": False}}
+    dataset = opened(kind, [path], **how.get(kind, {}))
+    there = dataset.features or next(iter(dataset.take(1)), {})
+    if not there:
+        return
+    columns = columns_of(list(there), wanted)
+    dataset = dataset.select_columns(list(columns.values())).reshard()
+    n = min(parts, dataset.num_shards)
+    if part < n:
+        for batch in dataset.shard(n, part, contiguous=True).iter(256):
+            for values in zip(*(batch[column] for column in columns.values())):
+                yield dict(zip(columns, values))
+
+
+def read_json_lines(path, wanted, part, parts):
+    """JSON lines, or a file that is one object or one list of them. json.loads takes a text as it is, where the
+    readers of tables guess that one is a date or a number."""
+    batches = opened("text", [path], sample_by="line", encoding="utf-8-sig").iter(1000)
+    lines = (line for batch in batches for line in batch["text"])
+    first = next(lines, "")
+    try:
+        rows = itertools.chain([first], lines) if isinstance(json.loads(first), dict) else None
+    except ValueError:
+        rows = None
+    if rows is None and first.strip()[:1] in ("[", "{"):
+        whole = json.loads("\n".join([first, *lines]))
+        rows = map(json.dumps, whole if isinstance(whole, list) else [whole])
+    for line in rows or itertools.chain([first], lines):
+        if line and not line.isspace():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise UserError(f"a JSON {type(row).__name__}, expected an object")
+            columns = columns_of({"int_score": None, "language": None} | row, wanted)  # these may be left out
+            yield {key: row.get(name) for key, name in columns.items()}
+
+
+def read_parts_of_text(path, wanted, part, parts):
+    """The documents of a long text file with a marker between them, in flat memory."""
+    rest = ""
+    for batch in opened("text", [path], sample_by="line", keep_linebreaks=True, encoding="utf-8-sig").iter(10_000):
+        *parts, rest = (rest + "".join(batch["text"])).split(wanted.split_on)
+        yield from ({"text": part} for part in parts)
+    yield {"text": rest}
+
+
+READERS = {"parquet": read_columns, "arrow": read_columns, "csv": read_columns, "json": read_json_lines,
+           "text": read_parts_of_text}  # fmt: skip
+
+
+def text_files(paths):
+    """(path, its rows) for text files that are one document each, opened together: there may be many."""
+    rows = iter(opened("text", paths, sample_by="document", encoding="utf-8-sig"))
+    return ((path, itertools.islice(rows, 1)) for path in paths)

@@ -14,10 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
 
 import torch
 from bench_train import TINY, timed
@@ -25,7 +27,6 @@ from bench_train import TINY, timed
 import train
 from data_processing_fineweb import Batch
 from support import runtime
-from support.cli import Parser, UserError, run
 from support.tracking import read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -153,18 +154,20 @@ def resume(args) -> bool:
     return same
 
 
+@dataclass(frozen=True)
+class CheckConfig:
+    """What to check, and where."""
+
+    what: str = flag(REQUIRED, "what to check; three_steps: one part of bits", positional=True,
+                     choices=("facts", "bits", "resume", "three_steps"))  # fmt: skip
+    device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
+    data_dir: str | None = flag(None, "shards, for resume", unit="folder")
+    deterministic: bool = flag(False, "for three_steps")
+    tiny: bool = flag(False, "a model of two small layers, to see whether everything runs")
+
+
 def main(argv=None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "what", choices=["facts", "bits", "resume", "three_steps"], help="three_steps: one part of bits"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--data_dir", metavar="DIR", help="shards, for resume")
-    parser.add_argument("--deterministic", action="store_true", help="for three_steps")
-    parser.add_argument(
-        "--tiny", action="store_true", help="a model of two small layers, to see whether everything runs"
-    )
-    args = parser.parse_args(argv)
+    args = parse(CheckConfig, argv, __doc__.splitlines()[0], ["python benchmarks/check_gpu.py facts"])
     if args.what == "resume" and not args.data_dir:
         raise UserError("resume needs --data_dir")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -88,7 +88,6 @@ def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
         write_json(temporary / CONFIG, asdict(config))
         write_json(temporary / STATE, state)
         tokenizer.save(temporary)
-        flush(temporary / TOKENIZER)
         for name, content in tensors.items():
             write_tensors(temporary / name, content)
         files = {p.name: {"size": p.stat().st_size, "sha256": sha256(p)} for p in sorted(temporary.iterdir())}

@@ -30,7 +30,7 @@ from support.files import read_json, sync_directory, write_json, write_whole
 from support.runtime import DTYPES
 from support.tracking import read_rows
 from tokenizer import FILE as TOKENIZER
-from tokenizer import GPT2, load_tokenizer
+from tokenizer import load_tokenizer
 
 INDEX = "model.safetensors.index.json"
 ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
@@ -43,6 +43,7 @@ SIZES = {  # of config.json, and ours
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LARGEST_SIZE = 2**24  # of any of SIZES; a hostile config.json stops here
+GPT2 = "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"  # fingerprint of GPT-2's vocabulary
 TOLERANCE = 1e-4  # of logits, between two ways to order the same float32 sums
 GREEDY_TOKENS = 50
 STRINGS = (

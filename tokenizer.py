@@ -29,6 +29,7 @@ from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from support.files import sync
 from support.rows import Wanted, find_files, rows_of
 
 FILE = "tokenizer.json"
@@ -215,10 +216,13 @@ class TextTokenizer:
 
     def save(self, directory):
         """Writes tokenizer.json, and tokenizer_config.json, which names the marker; `load_tokenizer(directory)` gives
-        this tokenizer back."""
-        Path(directory, FILE).write_text(self.backend.to_str(), encoding="utf-8")
+        this tokenizer back. Both are on the disk when it returns."""
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.backend.id_to_token(self.eot_token)}
-        Path(directory, CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        for name, text in ((FILE, self.backend.to_str()), (CONFIG, json.dumps(about, indent=1) + "\n")):
+            with open(Path(directory, name), "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                sync(f)
 
 
 def steps(part) -> list[dict]:

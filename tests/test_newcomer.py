@@ -104,7 +104,7 @@ def test_presets_have_their_figures():
     """Bug: a preset whose learning rate moves by a new default; its published numbers would no longer be its own."""
     rates = {name: (c.lr, c.last_lr, c.max_steps) for name, c in PRESETS.items()}
     assert rates == {"gpt2-124m": (6e-4, 6e-5, 152_587), "fast-124m": (2.4e-3, 2.4e-4, 76_294),
-                     "demo": (1e-2, 2.5e-4, 600)}  # fmt: skip
+                     "demo": (1e-2, 2.5e-4, 600), "small": (5e-3, 2.5e-4, 600)}  # fmt: skip
 
 
 def test_lr_alone_is_a_sweep():

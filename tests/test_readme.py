@@ -9,6 +9,7 @@ from train import PRESETS, TrainConfig
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMISES = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+ARMS = (ROOT / "arms" / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_test_it_names_exists():
@@ -20,7 +21,7 @@ def test_every_test_it_names_exists():
 
 
 def test_every_link_leads_somewhere():
-    for folder, page in ((ROOT, README), (ROOT / "tests", PROMISES)):
+    for folder, page in ((ROOT, README), (ROOT / "tests", PROMISES), (ROOT / "arms", ARMS)):
         links = [link for link in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in link]
         assert links and all((folder / link).exists() for link in links), links
 

@@ -325,26 +325,34 @@ def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
         texts = [*demo_corpus.help_topics(), *demo_corpus.library_docstrings()]
         if sum(map(len, texts)) < DEMO_LEAST:
             raise UserError("this Python comes without its documentation; prepare text of yours with --local_files")
-        order = permutation(np.arange(len(texts)), len(texts), 0, 0).tolist()
-        parts = {"val": order[::VAL_EVERY], "train": [i for n, i in enumerate(order) if n % VAL_EVERY]}
-        tokenizer, facts, made = train_tokenizer([texts[i] for i in parts["train"]], vocab_size, "demo"), {}, "made"
+        texts = [texts[i] for i in permutation(np.arange(len(texts)), len(texts), 0, 0)]
+        parts = {"val": texts[::VAL_EVERY], "train": [text for n, text in enumerate(texts) if n % VAL_EVERY]}
+        tokenizer = train_tokenizer(parts["train"], vocab_size, "demo")
         with alone(directories, LOCK_SECONDS):
-            refuse_foreign(directories)
-            remove(directories, lambda name: True)
-            for split, folder in directories.items():
-                (folder / "tokenizer").mkdir(exist_ok=True)
-                tokenizer.save(folder / "tokenizer")
-                output = Split(folder, tokenizer, c.shard_tokens, f"fineweb_{split}")
-                for text in (replace_surrogates(texts[i]) for i in parts[split]):
-                    output.add(Document(None, split, text, len(text.encode())), tokenizer.encode_arrays([text])[0])
-                facts[split] = output.close()
-            plan = {"tokenizer": described(tokenizer), "source": source, "commit": platform.python_version()}
-            kept = [facts | {"skipped": {}, "last_parts": False}]
-            manifests = finish(c, directories, plan | {"arguments": {}}, kept, picture=False)
+            manifests = already_prepared(directories, {"source": source})  # by another run, while this one waited
+            if not manifests:
+                manifests, made = write_demo(c, directories, parts, tokenizer, source), "made"
     train, val = manifests["train"], manifests["val"]
     counts, tokens = (f"{train[k]:,} + {val[k]:,} {k}" for k in ("documents", "tokens"))
     print(f"corpus     {directory} {made}: {counts}, {tokens} (training + validation)")
     return manifests
+
+
+def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
+    """The shards of the demo corpus and their manifests. parts: texts by split."""
+    refuse_foreign(directories)
+    remove(directories, lambda name: True)
+    facts = {}
+    for split, folder in directories.items():
+        (folder / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(folder / "tokenizer")
+        output = Split(folder, tokenizer, c.shard_tokens, f"fineweb_{split}")
+        for text in map(replace_surrogates, parts[split]):
+            output.add(Document(None, split, text, len(text.encode())), tokenizer.encode_arrays([text])[0])
+        facts[split] = output.close()
+    plan = {"tokenizer": described(tokenizer), "source": source, "commit": platform.python_version()}
+    kept = [facts | {"skipped": {}, "last_parts": False}]
+    return finish(c, directories, plan | {"arguments": {}}, kept, picture=False)
 
 
 # ---------------------------------------------------------------------------------------

@@ -885,6 +885,24 @@ def test_demo_corpus_is_the_same_each_time_and_not_remade(demo, here, capsys):
         prepare_demo("again", vocab_size=1024)
 
 
+def test_demo_corpus_that_another_run_has_made_meanwhile_is_kept(here, monkeypatch):
+    """Of two runs that begin at once, the second removed the shards from which the first was already training."""
+    monkeypatch.setattr(demo_corpus, "help_topics", lambda: [f"word{i} " * 100 for i in range(40)])
+    monkeypatch.setattr(demo_corpus, "library_docstrings", list)
+    monkeypatch.setattr(prepare_fineweb, "DEMO_LEAST", 0)
+    train, seen = prepare_fineweb.train_tokenizer, {}
+
+    def while_another_makes_it(*args):
+        monkeypatch.setattr(prepare_fineweb, "train_tokenizer", train)
+        prepare_demo("d", vocab_size=300)
+        seen.update({p: p.stat().st_ino for p in here.rglob("*")})
+        return train(*args)
+
+    monkeypatch.setattr(prepare_fineweb, "train_tokenizer", while_another_makes_it)
+    assert prepare_demo("d", vocab_size=300)["train"]["documents"] == 38
+    assert seen and {p: p.stat().st_ino for p in here.rglob("*")} == seen
+
+
 def test_demo_needs_no_documentation_elsewhere(here, monkeypatch):
     monkeypatch.setattr(demo_corpus, "help_topics", list)
     monkeypatch.setattr(demo_corpus, "library_docstrings", list)

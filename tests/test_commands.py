@@ -56,6 +56,9 @@ INSTEAD = {  # of what stands for the reader's own
     "fineweb.py verify DIR": "fineweb.py verify my_corpus",
     "import FOLDER": "import hf_*",
     "--nproc_per_node=8": "--nproc_per_node=2",
+    "--seeds 2": "--seeds 1",
+    "--seeds 3": "--seeds 1",
+    "lr=3e-3,1e-2,3e-2": "lr=3e-3,1e-2",
 }
 NOT_RUN = {  # what a command has in it -> why
     "pip install": "fetches packages; .ci/run does it",

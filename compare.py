@@ -293,7 +293,8 @@ def run_all(runs, jobs, cuda, lock) -> int:
 
     A run that fails keeps the last line that it said in `error`; the others go on."""
     waiting, going = [r for r in runs if not r.finished], {}
-    progress = Progress(sum(steps_done(r) for r in runs), sum(r.max_steps for r in runs), True)
+    shown = sum(steps_done(r) for r in runs)
+    progress = Progress(shown, sum(r.max_steps for r in runs), True)
     with runtime.StopSignals() as signals:
         while (waiting and not signals.received) or going:
             free = sorted(set(range(jobs)) - going.keys())
@@ -307,9 +308,10 @@ def run_all(runs, jobs, cuda, lock) -> int:
                 if process.poll() is not None:
                     del going[slot]
                     conclude(r, process.returncode, progress)
-            if going:
-                names = ", ".join(f"{r.arm.name} seed {r.seed}" for r, _ in going.values())
-                progress.update(sum(steps_done(r) for r in runs), names)
+            steps = sum(steps_done(r) for r in runs)
+            if going and steps > shown:
+                progress.update(steps, ", ".join(f"{r.arm.name} seed {r.seed}" for r, _ in going.values()))
+                shown = steps
         progress.close()
         return signals.received
 

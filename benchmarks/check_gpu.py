@@ -69,7 +69,7 @@ def facts(args) -> bool:
     config, net, batch = net_and_batch(args, rt, compile="on")
     began = time.perf_counter()
     try:
-        train.refuse_wrong_products(config, rt, net)
+        train.refuse_wrong_products(net, rt, config.batch_size, config.dropout)
         right, said = True, "the same loss and norm"
     except UserError as error:
         right, said = False, f"WRONG: {error}"

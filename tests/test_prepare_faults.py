@@ -139,8 +139,10 @@ def test_stopped_with_any_number_of_workers_and_finished_with_another(tmp_path, 
     job = Job(tmp_path, server, byte_tokenizer, 900, 10_000)
     assert job.run("undisturbed", "--num_proc", "1")["code"] == 0
     for first, second in ("1", "4"), ("4", "2"):
-        killed = job.run("victim", "--num_proc", first, "--start_method", "fork", how=KILL, at=60)
-        assert killed["code"] == -9, killed["output"]
+        # a worker makes fewer calls than the whole, and is missed within seconds: one line, exit code 2
+        at = job.run("counted", "--num_proc", first, "--start_method", "fork")["calls"] * 2 // 3
+        killed = job.run("victim", "--num_proc", first, "--start_method", "fork", how=KILL, at=at)
+        assert killed["code"] in (-9, 2), killed["output"]
         assert job.run("victim", "--num_proc", second, "--start_method", "fork")["code"] == 0
         assert job.outcome("victim") == job.outcome("undisturbed")
-        job.remove("victim")
+        job.remove("victim"), job.remove("counted")

@@ -452,9 +452,17 @@ def keep_freed_memory():
 
 
 def stop():
+    """Leaves the process group, whose object is kept until the process ends.
+
+    Otherwise DDP's model may be the last to hold it. DDP frees it with Python's lock held and waits for a thread of
+    gloo, which may be waiting for that lock: the process hangs after its work is done (seen with torch 2.13)."""
     torch.use_deterministic_algorithms(False)
     if dist.is_initialized():
+        left_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+left_groups = []  # see `stop`
 
 
 def out_of_memory(error) -> bool:

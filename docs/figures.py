@@ -32,12 +32,13 @@ from checkpoint import find_checkpoint, load_model
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset
 from model import GPT, GPTConfig, rope_angles, rotate
 from plot_run import CIRCLE, COLORS, GREY, marked, noisy, number, read_metrics
-from support.files import write_json, write_whole
+from support.files import read_json, write_json, write_whole
 from train import PRESETS, lr_at
 
 HERE = Path(__file__).parent
 BLUE, ORANGE, GREEN, PINK = COLORS[:4]
 METRICS = HERE.parent / "benchmarks" / "results" / "edu-10m" / "metrics.jsonl"
+KILLED = HERE.parent / "benchmarks" / "results" / "killed.json"
 SENTENCE = "The water in the river is cold, and the water in the lake is warm, but the water in the sea is"
 ROWS = 512  # of logits alive at once
 VECTORS = 500  # of random content
@@ -398,6 +399,25 @@ def draw_loss(args):
     return fig, facts | {"first": round(float(first), 3), "last": round(float(r["val"]["loss"][-1]), 3)}
 
 
+def draw_killed(args):
+    """One run killed again and again, on the same run undisturbed; see benchmarks/killed_run.py."""
+    facts = read_json(args.killed)
+    fig = canvas(3.4)
+    ax = fig.subplots()
+    tidy(ax, "training step", "training loss (nats per token)")
+    ax.plot(*zip(*facts["undisturbed"]), color="#C8C8C8", linewidth=6, label="undisturbed run")
+    starts = [start for start in facts["starts"] if start]
+    kills = [start[-1] for start in starts[:-1]]
+    for i, start in enumerate(starts):
+        label = "killed run, each start in another colour" if i == 0 else None
+        ax.plot(*zip(*start), color=(BLUE, ORANGE)[i % 2], linewidth=1.2, label=label)
+    label = f"{len(facts['starts']) - 1} times SIGKILL"
+    ax.plot(*zip(*kills), color="black", linestyle="none", marker="x", markersize=6, label=label)
+    ax.set_title("Every loss of both runs is equal to the last bit", fontsize=10, loc="left")
+    ax.legend(fontsize=9, frameon=False)
+    return fig, None
+
+
 def save(fig, path) -> int:
     """Writes a PNG of at most PALETTE colours; returns its size in bytes."""
     large, small = io.BytesIO(), io.BytesIO()
@@ -415,6 +435,7 @@ FIGURES = {
     "order": draw_order,
     "loss": draw_loss,
     "context": draw_context,
+    "killed": draw_killed,
 }
 
 
@@ -429,6 +450,7 @@ class FiguresConfig:
     checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
     val_data_dir: str | None = flag(None, "validation shards with the checkpoint's tokenizer", unit="folder")
     metrics: Path = flag(METRICS, "metrics.jsonl of the loss; default: edu-10m's", unit="file")
+    killed: Path = flag(KILLED, "what benchmarks/killed_run.py wrote; default: the demo's", unit="file")
     only: tuple[str, ...] = flag(tuple(FIGURES), "figures", unit="name", choices=tuple(FIGURES))
     out_dir: Path = flag(HERE / "figures", "where they go; default: docs/figures", unit="folder")
     name: str = ""  # of the checkpoint, once it is found

@@ -1,10 +1,13 @@
 """A benchmark that nobody runs for months stops running: each runs here in its smallest form, and shows numbers."""
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch
 import data_processing_fineweb
 from support.cli import UserError, run
 from support.runtime import Runtime
-from toy import ROOT
+from toy import ROOT, as_flags
 
 NANOGPT = '''
 """As nanoGPT's: the names, the arguments and the pair that forward returns."""
@@ -388,3 +391,23 @@ def test_recipes_are_compared_seed_by_seed_and_no_run_is_made_twice(corpus, tmp_
     gain = rows[0]["val_loss"] - rows[1]["val_loss"]
     assert re.search(rf"no dropout +4,096 +\d\.\d+ +1 +{re.escape(f'{gain:+.4f}')}", capsys.readouterr().out)
     assert run(lambda: bench_recipe.main([*flags, "--recipes", "none"])) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_compared_and_a_difference_is_found(toy, tmp_path, capsys):
+    """A claim of equal numbers that would also be made of two different runs."""
+    import killed_run
+
+    flags = shlex.join(as_flags(replace(toy, max_steps=30, save_interval=5, checkpoint_dir="elsewhere", run_name=None)))
+    runs = tmp_path / "killed"
+    killed_run.main(["--kills", "2", "--flags", flags, "--directory", str(runs), "--output", str(tmp_path / "k.json")])
+    assert "2 kills" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "k.json").read_text())
+    assert len(facts["starts"]) == 3 and facts["starts"][-1][-1] == facts["undisturbed"][-1]
+    file = runs / "killed" / "metrics.jsonl"
+    rows = file.read_text().splitlines()
+    i = next(i for i, row in enumerate(rows) if '"train", "step": 17,' in row)
+    loss = json.loads(rows[i])["loss"]
+    file.write_text("\n".join([*rows[:i], rows[i].replace(str(loss), str(loss + 1e-9)), *rows[i + 1 :]]) + "\n")
+    with pytest.raises(UserError, match="differs from the undisturbed one from step 17"):
+        killed_run.compared(runs)

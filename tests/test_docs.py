@@ -17,7 +17,7 @@ from toy import ROOT, spread
 from train import TrainConfig
 
 DOCS = ROOT / "docs"
-CHAPTERS = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+CHAPTERS = {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("[0-9]-*.md"))}
 FACTS = {path.stem: json.loads(path.read_text()) for path in (DOCS / "figures").glob("*.json")}
 every_chapter = pytest.mark.parametrize("chapter", CHAPTERS)
 

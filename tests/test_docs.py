@@ -136,7 +136,7 @@ def test_the_text_quotes_what_was_measured():
     flat = " ".join(first.split())
     assert [words for words in said if words not in flat] == []
     assert f"= {loss['uniform']:.2f}" in last and f"begins at {loss['first']:.2f}" in last
-    assert f"The bend at {loss['frequencies']:.2f}" in last
+    assert f"bends near {loss['frequencies']:.2f}" in last
 
 
 # ---------------------------------------------------------------------------------------

@@ -30,7 +30,6 @@ import hashlib
 import json
 import re
 import sys
-import time
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -40,12 +39,12 @@ from typing import NamedTuple
 from support.cli import UserError, flag, one_line, parse, range_problems, run  # isort: split
 
 import numpy as np
-import requests
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load_model
+from support.download import download
 from support.files import write_whole
 from support.runtime import attention_of_any_shape, autocast, memory_advice, pick
 from tokenizer import replace_surrogates
@@ -54,11 +53,9 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 BLOB = "0f5ee25d72216f12317d5d8a7b92deafa423d81e"  # the official file's git object id
 LINES = 10_042
 CACHE = Path("hellaswag", "hellaswag_val.jsonl")
-TIMEOUT = 30  # seconds without a byte
-DEADLINE = 600  # seconds for one attempt in all
 MAX_BYTES = 64 * 2**20  # five times the official file; what is longer is something else
-ATTEMPTS = 4  # with 1, 2 and 4 seconds between them
-OFFLINE = 20  # seconds without any answer, after which there is no other attempt
+ATTEMPTS = 4  # to download it, with 1, 2 and 4 seconds between them
+PATIENCE = 20  # seconds without any answer, after which the machine counts as offline
 
 GPT2_124M = {  # percent, on all examples, as build-nanogpt and lm-evaluation-harness report them
     "completion_acc": 28.59,
@@ -74,8 +71,9 @@ HF_BLOCK_SIZE = 2048  # context of a Hugging Face model that states none, as in 
 # The data.
 
 
-def problem(body: bytes) -> str | None:
-    """Why these bytes are not the official file; None if they are."""
+def problem(path) -> str | None:
+    """What is wrong with a file that should be the official one; None if it is that file."""
+    body = Path(path).read_bytes()
     lines = len(body.splitlines())
     if lines != LINES:
         return f"found {lines:,} lines, expected {LINES:,}"
@@ -83,57 +81,15 @@ def problem(body: bytes) -> str | None:
     return None if blob == BLOB else f"found git blob {blob}, expected {BLOB}"
 
 
-def fetch(path) -> bytes:
-    """The official file from the network. UserError says which file to fetch by hand, and where to put it."""
-    began = time.monotonic()
-    for attempt in range(ATTEMPTS):
-        deadline, body = time.monotonic() + DEADLINE, bytearray()
-        try:
-            with requests.get(URL, timeout=TIMEOUT, stream=True) as response:
-                response.raise_for_status()
-                for chunk in response.iter_content(2**16):
-                    body += chunk
-                    if len(body) > MAX_BYTES or time.monotonic() > deadline:
-                        raise ValueError(f"no end after {len(body):,} bytes")
-            why = problem(bytes(body))
-        except requests.ConnectionError:
-            why = "no connection" if not body else f"the connection broke after {len(body):,} bytes"
-        except (requests.RequestException, ValueError) as error:
-            why = str(error)
-        if why is None:
-            return bytes(body)
-        if not body and time.monotonic() - began > OFFLINE:
-            break
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(2**attempt)
-    raise UserError(
-        f"HellaSwag could not be fetched ({why}). Fetch {URL} by other means and put it at {path}, "
-        "or name any copy of it with --data PATH (train.py: --hellaswag_data PATH)"
-    )
-
-
-def download(path=CACHE) -> Path:
-    """The path of the official file, which is fetched unless it is there and whole.
-
-    What arrives is checked before anything is written, and appears at once or not at all. Raises UserError.
-    """
-    path = Path(path)
-    if path.is_file():
-        why = problem(path.read_bytes())
-        if why is None:
-            return path
-        print(f"{path}: {why}; fetching it again", file=sys.stderr)
-    write(path, fetch(path))
-    return path
-
-
-def write(path, body: bytes):
-    """Writes all of it or nothing, and makes the folder where there is none. Raises UserError."""
+def download_examples(path):
+    """Makes `path` the official file, which is downloaded unless it is there. UserError says how to do without."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, body)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        download(URL, path, check=problem, at_most=MAX_BYTES, attempts=ATTEMPTS, patience=PATIENCE)
+    except UserError as error:
+        raise UserError(
+            f"HellaSwag could not be fetched ({error}). Fetch {URL} by other means and put it at {path}, "
+            "or name any copy of it with --data PATH (train.py: --hellaswag_data PATH)"
+        ) from error
 
 
 def parse_example(line: bytes) -> dict:
@@ -192,13 +148,12 @@ def load_examples(path=None, limit: int | None = None) -> list[dict]:
     ctx_a and behind it the fragment ctx_b, "" if there is none), label (0..3) and endings (4 str).
     JSON lines, or parquet; the hub's label "3" is 3.
 
-    A `path` is taken as it is, whatever its number of lines; without one comes the official
-    file. Raises UserError that names file and line where one is malformed.
+    A `path` is taken as it is, whatever its number of lines; without one comes the official file, downloaded the
+    first time. UserError names file and line where one is malformed.
     """
-    official, path = path is None, Path(path or CACHE)
+    if path is None:
+        download_examples(path := CACHE)
     try:
-        if official:
-            download(path)
         examples = list(read_examples(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -633,7 +588,8 @@ def main(argv=None):
         scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
     try:
         if args.json:
-            write(args.json, as_json_lines(scores).encode())
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(args.json, as_json_lines(scores).encode())
     finally:  # the scores took long: the table is shown even where the file cannot be written
         print(report(scores.summary()))
 

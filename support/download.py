@@ -1,100 +1,110 @@
-"""Files by HTTP: whole and checked, or not at all; begun ones go on where they stopped.
+"""The only downloader: a file by HTTP, whole and checked, or not at all.
 
-Notable: what a server sends is believed only when it has the announced length and, where that is known, the
-content's hash. Failures are waited out with growing pauses, which begin anew whenever bytes have arrived.
+    download("https://host/shard.npy", "data/shard.npy")
+
+A file gets its name when all bytes that the server announced are on the disk and the caller's check has found nothing
+wrong. After a failure there is a pause and another attempt, which continues where the last one stopped.
 """
 
 import os
 import re
 import shlex
 import shutil
-import threading
+import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from support.cli import UserError, refuse
-from support.files import sha256, sync_directory
+from support.files import sync_directory
 
-ATTEMPTS = 10  # in a row that bring nothing, before giving up: about five minutes
+ATTEMPTS = 10  # that bring nothing, one after the other, before giving up: about five minutes
 LONGEST_PAUSE = 60  # seconds; the pauses are 1, 2, 4, ...
 TIMEOUT = 30  # seconds without a byte
-CHUNK = 2**16  # bytes; what a connection that breaks takes with it
+CHUNK = 2**16  # bytes; what a connection that breaks off loses
 PART = ".part"  # ends the name of a file that is not whole yet
-LATER = {408, 429, 500, 502, 503, 504}  # what a server answers that may answer otherwise the next time
+LATER = {408, 429, 500, 502, 503, 504}  # status codes after which another attempt may succeed
 
 
 class Failed(Exception):
-    """An attempt that may succeed if repeated."""
+    """An attempt failed in a way that another attempt may not."""
 
 
-def pause(failures):
-    return min(LONGEST_PAUSE, 2 ** (failures - 1))
+def download(url, path, check=None, at_most=None, attempts=None, patience=None):
+    """Downloads `url` to `path`, unless a file that passes the check is there.
 
+    check: a function of a path that says what is wrong with that file, or returns None.
+    at_most: bytes; a longer answer is not the file.
+    attempts: so many that bring nothing, one after the other, end the download; default ATTEMPTS.
+    patience: seconds; where no byte has arrived by then there is no further attempt.
 
-def download(url, path, size=None, digest=None, headers=None, stop=None):
-    """Fetches `url` to `path` unless it is there. `size` in bytes and `digest`, a sha256, are checked where given.
-
-    `headers` go along with every request; `stop`, a threading.Event, ends it early. UserError if the server
-    refuses or fails for long; what has arrived by then is kept for another time.
-    """
-    path, stop = Path(path), stop or threading.Event()
-    if path.exists():  # it got this name when it was whole
-        return
+    UserError where the server refuses or the attempts are used up. What has arrived is kept for the next call."""
+    path, attempts = Path(path), attempts or ATTEMPTS
+    if path.exists():
+        why = check(path) if check else None
+        if why is None:
+            return
+        print(f"{path}: {why}; downloading it again", file=sys.stderr)
     part = path.with_name(path.name + PART)
     part.parent.mkdir(parents=True, exist_ok=True)
-    failures, most = 0, size_of(part)
-    while not stop.is_set():
+    began, failures, most = time.monotonic(), 0, size_of(part)
+    while True:
         try:
-            fetch_rest(url, part, size, headers or {}, stop)
-            if digest and not stop.is_set() and sha256(part) != digest:
+            fetch_rest(url, part, at_most)
+            if check and (why := check(part)):
                 part.unlink()
-                raise Failed("its content is not what was announced (sha256 differs)")
+                raise Failed(why)
             break
         except Failed as error:
             failures = 1 if size_of(part) > most else failures + 1
             most = max(most, size_of(part))
-            if failures >= ATTEMPTS:
-                raise UserError(f"{url}: {error}, {ATTEMPTS} times in a row; the same command later goes on") from error
-            stop.wait(pause(failures))
-    if stop.is_set():
-        raise UserError(f"{url}: stopped")
+            silent = patience is not None and most == 0 and time.monotonic() - began > patience
+            if failures >= attempts or silent:
+                times = f"{failures} times in a row; the same command later continues"
+                raise UserError(f"{url}: {error}, {times}") from error
+            time.sleep(pause(failures))
     os.replace(part, path)
     sync_directory(path.parent)
+
+
+def pause(failures):
+    """Seconds before the next attempt."""
+    return min(LONGEST_PAUSE, 2 ** (failures - 1))
 
 
 def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def fetch_rest(url, part, size, headers, stop):
-    """One attempt to complete the file `part`, which is on the disk when this returns."""
+def fetch_rest(url, part, at_most=None):
+    """One attempt to complete the file `part`, which is on the disk when this returns. Failed or UserError."""
     import requests
 
     have = size_of(part)
-    if size is not None and have > size:
-        part.unlink()
-        have = 0
-    if have and have == size:
-        return
-    asked = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     try:
-        with requests.get(url, headers=asked, stream=True, timeout=TIMEOUT) as response:
-            have, size = check_answer(response, url, part, have, size)
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            have, size = check_answer(response, url, part, have)
             with open(part, "r+b" if have else "wb") as f:
                 f.seek(have)
                 for chunk in response.iter_content(CHUNK):
                     f.write(chunk)
-                    if stop.is_set():
-                        return
+                    if at_most is not None and f.tell() > at_most:
+                        break
                 f.truncate()
                 os.fsync(f.fileno())
+    except requests.ConnectionError as error:
+        raise Failed("no connection, or it broke off") from error
     except requests.RequestException as error:
         raise Failed(type(error).__name__) from error
+    if at_most is not None and size_of(part) > at_most:
+        part.unlink()
+        raise Failed(f"no end after {at_most:,} bytes")
     if size is not None and size_of(part) != size:
         raise Failed(f"{size_of(part):,} of {size:,} bytes arrived")
 
 
-def check_answer(response, url, part, have, size):
+def check_answer(response, url, part, have):
     """(bytes to keep of what is there, size of the whole file or None). Failed or UserError if this is not the file."""
     code = response.status_code
     if code in LATER:
@@ -112,14 +122,11 @@ def check_answer(response, url, part, have, size):
     elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
         raise Failed("the server sends another part than was asked for")
     length = response.headers.get("Content-Length")
-    announced = have + int(length) if length and length.isdecimal() else None
-    if None not in (announced, size) and announced != size:
-        raise Failed(f"the server announces {announced:,} bytes, expected {size:,}")
-    whole = announced if size is None else size
-    if whole is not None and shutil.disk_usage(part.parent).free < whole - have:
-        free = shutil.disk_usage(part.parent).free
-        raise UserError(f"{part}: needs {whole - have:,} more bytes on this disk, which has {free:,}; make room")
-    return have, whole
+    size = have + int(length) if length and length.isdecimal() else None
+    free = shutil.disk_usage(part.parent).free
+    if size is not None and free < size - have:
+        raise UserError(f"{part}: needs {size - have:,} more bytes on this disk, which has {free:,}; make room")
+    return have, size
 
 
 def fetch_shards(urls, out_dir, open_shard, manifest) -> list[Path]:

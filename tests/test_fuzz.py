@@ -512,7 +512,7 @@ def test_altered_hellaswag_lines(tmp_path, byte_tokenizer, tally, little_memory,
 
     def read():
         for example in hellaswag_eval.load_examples(tmp_path / "hellaswag.jsonl"):
-            hellaswag_eval.render_completion(example, byte_tokenizer)
+            hellaswag_eval.render_completion([example], byte_tokenizer)
 
     refusal(read)
     tally("fuzz cases")
@@ -664,7 +664,7 @@ def test_a_name_that_no_file_can_have(script, tmp_path, monkeypatch):
 def test_a_folder_as_the_file_to_write(tmp_path, monkeypatch, path):
     """Bug: pathlib's "has an empty name" with a traceback, for `--output .` of plot_run.py, `--json .` of others."""
     monkeypatch.chdir(tmp_path)
-    assert "cannot be written (Is a directory)" in refusal(lambda: hellaswag_eval.write(path, b""))
+    assert "Is a directory" in refusal(lambda: files.write_whole(path, b""))
 
 
 def test_npy_header_that_announces_4_gigabytes_of_itself(tmp_path, little_memory):

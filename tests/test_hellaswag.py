@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import torch
 from tokenizers import Tokenizer, processors
 
@@ -19,6 +20,7 @@ import checkpoint
 import export_hf
 import hellaswag_eval as hs
 from model import GPT, GPTConfig
+from support import download as downloads
 from support.cli import UserError, run
 from support.runtime import keep_freed_memory
 from tokenizer import load_tokenizer
@@ -530,8 +532,8 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(hs, "URL", f"http://127.0.0.1:{http_server.server_port}/val.jsonl")
     monkeypatch.setattr(hs, "LINES", 20)
     monkeypatch.setattr(hs, "BLOB", hashlib.sha1(b"blob %d\0" % len(BODY) + BODY).hexdigest())
-    monkeypatch.setattr(hs, "TIMEOUT", 0.2)
-    monkeypatch.setattr(hs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.2)
+    monkeypatch.setattr(downloads, "pause", lambda failures: 0)
     yield script, served
     http_server.shutdown()
     http_server.server_close()
@@ -539,12 +541,12 @@ def server(tmp_path, monkeypatch):
 
 
 def files_below(folder):
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    """Paths of the files; the downloader keeps what has arrived of a file under a name of its own."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.suffix != ".part")
 
 
 FAULTS = {
     "server error": (500, b"sorry", 0, 0),
-    "not found": (404, b"not found", 0, 0),
     "page": (200, b"<html><body>Log in to this network</body></html>", 0, 0),
     "cut body": (200, BODY[:300], len(BODY) - 300, 0),
     "cut body, honest length": (200, BODY[:300], 0, 0),
@@ -580,7 +582,7 @@ def test_endless_body(server, tmp_path, monkeypatch):
     script.append(ENDLESS)
     monkeypatch.setattr(hs, "MAX_BYTES", 2 * len(BODY))
     with pytest.raises(UserError, match="no end after"):
-        hs.download()
+        hs.load_examples()
     assert eventually(lambda: len(served) == hs.ATTEMPTS)
     assert max(served) < 2**24, "all of it was taken: it would never have ended"
     assert files_below(tmp_path) == []
@@ -592,8 +594,9 @@ def test_corrupt_cache_is_fetched_again(server, tmp_path, capsys):
     hs.CACHE.parent.mkdir()
     for bad in (BODY[:-1] + b"x", BODY[:300], b"", b"<html>"):
         hs.CACHE.write_bytes(bad)
-        assert hs.download().read_bytes() == BODY
-        assert "fetching it again" in capsys.readouterr().err
+        hs.load_examples()
+        assert hs.CACHE.read_bytes() == BODY
+        assert "downloading it again" in capsys.readouterr().err
     assert len(served) == 4
     assert files_below(tmp_path) == ["hellaswag/hellaswag_val.jsonl"]
 
@@ -601,7 +604,7 @@ def test_corrupt_cache_is_fetched_again(server, tmp_path, capsys):
 def test_good_cache_needs_no_network(server, monkeypatch):
     hs.CACHE.parent.mkdir()
     hs.CACHE.write_bytes(BODY)
-    monkeypatch.setattr(hs.requests, "get", lambda *args, **kwargs: pytest.fail("went to the network"))
+    monkeypatch.setattr(downloads, "fetch_rest", lambda *args: pytest.fail("went to the network"))
     assert len(hs.load_examples(limit=7)) == 7
 
 
@@ -609,7 +612,7 @@ def test_offline_without_cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(hs, "URL", "http://127.0.0.1:9/val.jsonl")  # nobody listens there
-    monkeypatch.setattr(hs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(downloads, "pause", lambda failures: 0)
     with pytest.raises(UserError, match=r"no connection.* Fetch .* put it at .*--data PATH"):
         hs.load_examples()
     assert files_below(tmp_path) == []
@@ -621,22 +624,31 @@ def test_offline_is_noticed_soon(tmp_path, monkeypatch):
 
     def get(*args, **kwargs):
         calls.append(args)
-        raise hs.requests.ConnectionError
+        raise requests.ConnectionError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hs.requests, "get", get)
-    monkeypatch.setattr(hs, "OFFLINE", -1)
+    monkeypatch.setattr(requests, "get", get)
+    monkeypatch.setattr(hs, "PATIENCE", -1)
     with pytest.raises(UserError, match="no connection"):
         hs.load_examples()
     assert len(calls) == 1
 
 
-def test_unwritable_folder(server, tmp_path):
+def test_a_file_that_the_server_does_not_have_is_final(server, tmp_path):
+    """Bug: one that has moved asked for again and again; and its page of excuses taken for data."""
+    script, served = server
+    script.append((404, b"not found", 0, 0))
+    with pytest.raises(UserError, match=r"answers 404\)\. Fetch http.* put it at .*--data"):
+        hs.load_examples()
+    assert served == [404] and files_below(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(server, tmp_path, capsys):
     script, _ = server
     script.append((200, BODY, 0, 0))
     (tmp_path / "hellaswag").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match="cannot be written"):
-        hs.download()
+    assert run(lambda: hs.load_examples()) == 2
+    assert "error: hellaswag: File exists\n" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------
@@ -692,7 +704,7 @@ def test_command_line_errors(command_line, tmp_path, capsys):
     assert command_line("--data", str(tmp_path / "none.jsonl")) == 2
     assert "none.jsonl: cannot be read" in capsys.readouterr().err
     assert command_line("--json", str(tmp_path / "some.jsonl" / "x")) == 2  # below a file
-    assert "cannot be written" in capsys.readouterr().err
+    assert "some.jsonl: File exists" in capsys.readouterr().err
     assert command_line("--limit", "0", "--batch_tokens", "-1") == 2
     err = capsys.readouterr().err
     assert "--limit is 0" in err and "--batch_tokens is -1" in err

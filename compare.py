@@ -32,6 +32,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import plot_run
 import report
 import train
 from support import runtime
@@ -71,8 +72,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        """The arm's name as the name of a directory."""
-        return re.sub(r"[^\w.=+-]+", "_", self.name)
+        return plot_run.arm_folder(self.name)
 
 
 def parse_arm(text) -> Arm:

@@ -1,12 +1,20 @@
-"""Curves of one run or of several: metrics.jsonl in, one PNG out.
+"""Curves of one run or of several: metrics.jsonl in, one picture out.
 
-Notable: works without a display and without pyplot's global state, so training calls it at every
-save; a long run is thinned to what a screen can show; the picture replaces the old one at once.
+    python plot_run.py checkpoints/demo                                         # curves.png beside its metrics
+    python plot_run.py checkpoints/one checkpoints/two --x seconds --output both.pdf
+    python plot_run.py comparisons/ideas/*/seed_* --only loss --output ideas.svg
+
+The seeds of one arm of a comparison (compare.py) share a colour: their mean is a line, their range a band. An arm has
+the same colour in all pictures of its comparison. Training calls `plot` at every save, so this file needs no display
+and changes no global state of matplotlib. The new picture replaces the old one by one rename.
 """
 
+import functools
 import io
 import itertools
 import json
+import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +26,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
-from support.files import write_whole
+from support.files import read_json, write_whole
 
 WIDTH, DPI = 10, 120  # inches, and pixels in one
+FORMATS = (".png", ".svg", ".pdf")
 POINTS = 2000  # of a curve at most; more than there are pixels
 MARKERS = 40  # on a curve at most
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 DASHES = ("-", "--", ":")  # of the first seven runs, the next seven, and so on
 GREY = "#555555"
+BORDERS = 20  # ends of epochs at most
 LEGEND = 165  # characters that fit side by side above the picture
 CIRCLE = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
 GPT2_124M, CHANCE = 29.55, 25.0  # HellaSwag, completion acc_norm, percent: see hellaswag_eval.py
@@ -33,8 +43,8 @@ AXES = {"tokens": "tokens", "steps": "step", "seconds": "seconds"}  # --x -> col
 LEAST, MOST = {"perplexity": 1}, 1e100  # of a column, 0 where it is not named; what lies outside is damage
 FALL = 0.04  # of a curve's length: where the steep beginning is over
 KEYS = {  # what is drawn, by the kind of the row
-    "train": ("loss", "lr", "tokens_per_second"),
-    "val": ("loss", "perplexity"),
+    "train": ("loss", "lr", "grad_norm", "tokens_per_second", "epoch"),
+    "val": ("loss", "perplexity", "bits_per_byte"),
     "hellaswag": ("completion_acc_norm", "completion_acc_norm_stderr"),
 }
 
@@ -82,14 +92,91 @@ def smooth(y):
 
 
 def thin(*columns):
-    """Every k-th row and the last one, at most POINTS in all."""
+    """All rows, or about POINTS of many, first and last among them: half of these lie evenly, and half lie the closer
+    together the earlier they are, so that a curve keeps its early bend."""
     n = len(columns[0])
-    rows = np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(int))
+    if n <= POINTS:
+        return columns
+    even, early = np.linspace(0, n - 1, POINTS // 2), np.geomspace(1, n, POINTS // 2) - 1
+    rows = np.unique(np.concatenate([even, early]).round().astype(int))
     return [column[rows] for column in columns]
 
 
 # ---------------------------------------------------------------------------------------
-# Panels. Each draws every run into one pair of axes.
+# Arms. An arm is a dict: name, color, dash, tokenizers, and rows[kind][key] of shape (runs, rows). A run outside of a
+# comparison is an arm of one run.
+
+
+def arm_folder(name) -> str:
+    """The directory of an arm's runs, below that of its comparison."""
+    return re.sub(r"[^\w.=+-]+", "_", name)
+
+
+def arms_in(comparison) -> dict[str, str]:
+    """{directory: name} of the arms in a comparison's folder, in the order of their colours."""
+    return {arm_folder(name): name for name in read_json(Path(comparison) / "comparison.json").get("arms", {})}
+
+
+def styles():
+    """(dash, color) of the first arm, of the second, and so on."""
+    return itertools.cycle(itertools.product(DASHES, COLORS))
+
+
+def is_seed(directory) -> bool:
+    """Whether it is COMPARISON/ARM/seed_N."""
+    parents = directory.resolve().parents
+    return bool(re.fullmatch(r"seed_-?\d+", directory.resolve().name)) and (parents[1] / "comparison.json").is_file()
+
+
+def find_arms(paths) -> list[dict]:
+    """The arms of these runs (directories or metrics.jsonl files). UserError where a file is missing or malformed."""
+    found, known = {}, {}  # (where, name) -> metrics files; the arms that have a colour, in order
+    for path in paths:
+        name, file = find_metrics(path)
+        where = str(path)
+        if is_seed(file.parent):
+            folder, where = file.resolve().parents[1:3]
+            names = arms_in(where)
+            name = names.get(folder.name, folder.name)
+            known |= {(where, other): None for other in names.values()}
+        found.setdefault((where, name), []).append(file)
+    names = [name for _, name in found]
+    arms = []
+    for key, (dash, color) in zip(known | found, styles()):
+        if key in found:
+            where, name = key
+            label = name if names.count(name) == 1 else f"{where}: {name}" if key in known else where
+            if key in known and len(found[key]) == 1:
+                label += f", {found[key][0].resolve().parent.name}"
+            tokenizers = {tokenizer_of(file) for file in found[key]} - {None}
+            rows = aligned([read_metrics(file) for file in found[key]])
+            arms.append({"name": label, "color": color, "dash": dash, "tokenizers": tokenizers, **rows})
+    return arms
+
+
+def tokenizer_of(metrics) -> str | None:
+    """The fingerprint that the run.json beside metrics.jsonl has of the tokenizer."""
+    file = metrics.with_name("run.json")
+    return (read_json(file).get("identity") or {}).get("tokenizer") if file.is_file() else None
+
+
+def aligned(runs) -> dict:
+    """rows[kind][key], (runs, rows): of several runs the steps that all of them have. A run that has no row of a kind
+    yet is left out of that kind."""
+    rows = {}
+    for kind in KEYS:
+        some = [r[kind] for r in runs if len(r[kind]["step"])] or [runs[0][kind]]
+        chosen = [np.arange(len(some[0]["step"]))]
+        if len(some) > 1:
+            steps, firsts = zip(*(np.unique(r["step"], return_index=True) for r in some))
+            common = functools.reduce(np.intersect1d, steps)
+            chosen = [first[np.isin(step, common)] for step, first in zip(steps, firsts)]
+        rows[kind] = {key: np.stack([r[key][i] for r, i in zip(some, chosen)]) for key in some[0]}
+    return rows
+
+
+# ---------------------------------------------------------------------------------------
+# Panels. Each draws every arm into one pair of axes.
 
 
 def number(value, _=None) -> str:
@@ -101,17 +188,34 @@ def number(value, _=None) -> str:
 
 
 def noisy(ax, r, x, y):
-    """A curve with a value at every step: light as it is, strong as it runs."""
-    x, y, mean = thin(x, y, smooth(y))
-    ax.plot(x, y, color=r["color"], linewidth=0.6, alpha=0.3)
-    ax.plot(x, mean, color=r["color"], linestyle=r["dash"], linewidth=1.4)
+    """A curve with a value at every step, x and y (runs, rows) or (rows,). One run: light as it is, strong as its
+    running mean. Several: the running means, as a band and their mean."""
+    x, y = np.atleast_2d(x), np.atleast_2d(y)
+    if len(y) == 1:
+        ax.plot(*thin(x[0], y[0]), color=r["color"], linewidth=0.6, alpha=0.3)
+    y = np.stack([smooth(row) for row in y])
+    band(ax, r, x, y)
+    ax.plot(*thin(x.mean(0), y.mean(0)), color=r["color"], linestyle=r["dash"], linewidth=1.4)
 
 
 def marked(ax, r, x, y, line=None):
-    """A curve with a value now and then: a circle at each, or at every k-th of many; `line` "none": no curve."""
-    x, y = thin(x, y)
+    """A curve with a value now and then, x and y (runs, rows) or (rows,), of several runs their mean: a circle at each,
+    or at every k-th of many; `line` "none": no curve."""
+    x, y = np.atleast_2d(x), np.atleast_2d(y)
+    if line != "none":
+        band(ax, r, x, y)
+    x, y = thin(x.mean(0), y.mean(0))
     every = max(1, len(x) // MARKERS)
     ax.plot(x, y, color=r["color"], linestyle=line or r["dash"], linewidth=1.2, markevery=every, **CIRCLE)
+
+
+def band(ax, r, x, y):
+    """From the least to the greatest of several runs."""
+    if len(y) > 1:
+        x, low, high = thin(x.mean(0), y.min(0), y.max(0))
+        ax.fill_between(x, low, high, color=r["color"], alpha=0.2, linewidth=0)
+        for edge in (low, high):  # `frame` sees lines
+            ax.plot(x, edge, color=r["color"], linestyle="-", linewidth=0.5, alpha=0.4)
 
 
 def frame(ax):
@@ -125,19 +229,26 @@ def frame(ax):
         ax.set_ylim(low, high)  # 5% of air, on a logarithmic axis too
 
 
-def loss_panel(ax, runs, x):
+def loss_panel(ax, arms, x):
     ax.set_ylabel("loss (nats per token)")
-    for r in runs:
+    for r in arms:
         noisy(ax, r, r["train"][x], r["train"]["loss"])
-    for r in runs:
+    for r in arms:
         marked(ax, r, r["val"][x], r["val"]["loss"], line="none")
     frame(ax)
+    say_vocabularies(ax, arms)
 
 
-def perplexity_panel(ax, runs, x):
+def say_vocabularies(ax, arms):
+    """A note where tokens are not the same tokens."""
+    if len(set().union(*(r["tokenizers"] for r in arms))) > 1:
+        ax.set_title("vocabularies differ: not comparable", fontsize=9, loc="left", color="#B00000")
+
+
+def perplexity_panel(ax, arms, x):
     ax.set_ylabel("validation perplexity")
     ax.set_yscale("log")
-    for r in runs:
+    for r in arms:
         marked(ax, r, r["val"][x], r["val"]["perplexity"])
     frame(ax)
     low, high = ax.get_ylim()
@@ -146,15 +257,24 @@ def perplexity_panel(ax, runs, x):
         ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(number))
     ax.yaxis.set_minor_formatter(NullFormatter())
+    say_vocabularies(ax, arms)
 
 
-def hellaswag_panel(ax, runs, x):
+def bits_panel(ax, arms, x):
+    ax.set_ylabel("validation bits per byte")
+    for r in arms:
+        marked(ax, r, r["val"][x], r["val"]["bits_per_byte"])
+    frame(ax)
+
+
+def hellaswag_panel(ax, arms, x):
     ax.set_ylabel("HellaSwag acc_norm ± s.e. (%)")
-    for r in runs:
+    for r in arms:
         where, value, error = (r["hellaswag"][key] for key in (x, *KEYS["hellaswag"]))
         marked(ax, r, where, 100 * value)
-        bars = {"ecolor": r["color"], "elinewidth": 1, "alpha": 0.6, "zorder": 1.5}
-        ax.errorbar(*thin(where, 100 * value, 100 * error), fmt="none", **bars)
+        if len(value) == 1:
+            bars = {"ecolor": r["color"], "elinewidth": 1, "alpha": 0.6, "zorder": 1.5}
+            ax.errorbar(*thin(where[0], 100 * value[0], 100 * error[0]), fmt="none", **bars)
     references = [  # (percent, name, where to write it: chance at the end, where curves have left it)
         (GPT2_124M, f"GPT-2 124M, completion acc_norm {GPT2_124M}", "left", 0.01),
         (CHANCE, f"chance {CHANCE:g}", "right", 0.99),
@@ -165,18 +285,26 @@ def hellaswag_panel(ax, runs, x):
     ax.margins(y=0.1)
 
 
-def lr_panel(ax, runs, x):
+def lr_panel(ax, arms, x):
     ax.set_ylabel("learning rate")
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    for r in runs:
-        ax.plot(*thin(r["train"][x], r["train"]["lr"]), color=r["color"], linestyle=r["dash"], linewidth=1.4)
+    for r in arms:
+        at, lr = (r["train"][key].mean(0) for key in (x, "lr"))
+        ax.plot(*thin(at, lr), color=r["color"], linestyle=r["dash"], linewidth=1.4)
     ax.set_ylim(bottom=0)
 
 
-def speed_panel(ax, runs, x):
+def norm_panel(ax, arms, x):
+    ax.set_ylabel("gradient norm before clipping")
+    for r in arms:
+        noisy(ax, r, r["train"][x], r["train"]["grad_norm"])
+    frame(ax)
+
+
+def speed_panel(ax, arms, x):
     ax.set_ylabel("tokens per second")
     ax.yaxis.set_major_formatter(FuncFormatter(number))
-    for r in runs:
+    for r in arms:
         noisy(ax, r, r["train"][x], r["train"]["tokens_per_second"])
     ax.set_ylim(bottom=0)
 
@@ -184,8 +312,10 @@ def speed_panel(ax, runs, x):
 PANELS = {  # --only -> (draws it, the column without which it is left out)
     "loss": (loss_panel, "train", "loss"),
     "perplexity": (perplexity_panel, "val", "perplexity"),
+    "bits": (bits_panel, "val", "bits_per_byte"),
     "hellaswag": (hellaswag_panel, "hellaswag", "completion_acc_norm"),
     "lr": (lr_panel, "train", "lr"),
+    "norm": (norm_panel, "train", "grad_norm"),
     "speed": (speed_panel, "train", "tokens_per_second"),
 }
 
@@ -193,35 +323,59 @@ PANELS = {  # --only -> (draws it, the column without which it is left out)
 # The picture.
 
 
-def draw(runs, x, only=PANELS) -> Figure:
+def draw(arms, x, only=PANELS) -> Figure:
     """The first panel over the whole width, the others in rows below it."""
     wanted = [PANELS[name] for name in PANELS if name in only]
-    panels = [panel for panel, kind, key in wanted if any(np.isfinite(r[kind][key]).any() for r in runs)]
+    panels = [panel for panel, kind, key in wanted if any(np.isfinite(r[kind][key]).any() for r in arms)]
     if not panels:
-        raise UserError(f"{', '.join(r['name'] for r in runs)}: no metrics to draw yet")
+        raise UserError(f"{', '.join(r['name'] for r in arms)}: no metrics to draw yet")
     below = len(panels) - 1
-    columns = 3 if below == 3 else min(below, 2) or 1
-    rows = 1 + -(-below // columns)
-    fig = Figure(figsize=(WIDTH, 1.2 + 2.7 * rows + 0.1 * len(runs)), dpi=DPI, facecolor="white", layout="constrained")
-    grid = fig.add_gridspec(rows, columns, height_ratios=[1.4] + [1] * (rows - 1))
-    end, label = measure(runs, x)
-    for i, panel in enumerate(panels):
-        ax = fig.add_subplot(grid[0, :] if i == 0 else grid[1 + (i - 1) // columns, (i - 1) % columns])
-        panel(ax, runs, AXES[x])
+    lines = [1, *{0: (), 4: (2, 2), 5: (2, 3), 6: (3, 3)}.get(below, (below,))]  # panels side by side
+    size = (WIDTH, 1.2 + 2.7 * len(lines) + 0.1 * len(arms))
+    fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
+    grid = fig.add_gridspec(len(lines), 6, height_ratios=[1.4] + [1] * (len(lines) - 1))
+    places = [grid[i, 6 // n * j : 6 // n * (j + 1)] for i, n in enumerate(lines) for j in range(n)]
+    end, label = measure(arms, x)
+    for place, panel in zip(places, panels):
+        ax = fig.add_subplot(place)
+        panel(ax, arms, AXES[x])
         ax.set_xlim(-0.02 * end, 1.02 * end)
         ax.xaxis.set_major_formatter(FuncFormatter(number))
-        ax.grid(color="#E5E5E5", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.yaxis.label.set_size(9)
+        tidy(ax)
     fig.align_ylabels()
     fig.supxlabel(label, fontsize="medium")
-    legend(fig, runs)
+    legend(fig, arms, mark_epochs(fig.axes, arms, AXES[x]))
     return fig
 
 
-def measure(runs, x) -> tuple[float, str]:
+def tidy(ax):
+    """A light grid behind the curves, and no frame."""
+    ax.grid(color="#E5E5E5", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def mark_epochs(axes, arms, x) -> str | None:
+    """A thin vertical line where an epoch ends, grey, or in the colour of the run where runs differ in it; every k-th
+    of many. Returns what the legend says of them."""
+    columns = [[r["train"][key].mean(0) for key in ("epoch", x)] for r in arms]
+    columns = [(epoch[seen], at[seen]) for epoch, at in columns for seen in [np.isfinite(epoch + at)]]
+    counts = [math.ceil(epoch.max(initial=1)) - 1 for epoch, _ in columns]  # the end of a run is no border
+    every = math.ceil(max(counts) / BORDERS)
+    lines = {}  # where, the color
+    for r, count, (epoch, at) in zip(arms, counts, columns):
+        numbers = float(every) * np.arange(1, 1 + (count // every if every else 0))
+        lines.setdefault(tuple(np.interp(numbers, epoch, at)) if len(numbers) else (), r["color"])
+    for ax, (ends, color) in itertools.product(axes, lines.items()):
+        for end in ends:
+            ax.axvline(end, color=GREY if len(lines) == 1 else color, linewidth=0.8, linestyle=":", zorder=0.5)
+    return ("end of an epoch" + (f", one in {every}" if every > 1 else "")) if any(lines) else None
+
+
+def measure(arms, x) -> tuple[float, str]:
     """(end of the horizontal axis, its label); seconds are turned into minutes, hours or days where they are many."""
-    columns = [r[kind][AXES[x]] for r in runs for kind in KEYS]
+    columns = [r[kind][AXES[x]] for r in arms for kind in KEYS]
     end = max((np.nanmax(column) for column in columns if np.isfinite(column).any()), default=0) or 1
     if x != "seconds":
         return end, {"tokens": "training tokens", "steps": "optimizer step"}[x]
@@ -232,14 +386,23 @@ def measure(runs, x) -> tuple[float, str]:
     return end / units[unit], f"training time ({unit})"
 
 
-def legend(fig, runs):
-    """Above the panels, where it covers no curve: an entry per run, then what light, strong and a circle mean."""
-    names = [r["name"].replace("$", r"\$") for r in runs]  # a bare dollar would begin a formula
-    entries = [
-        Line2D([], [], color=r["color"], linestyle=r["dash"], linewidth=2, label=name) for r, name in zip(runs, names)
-    ]
-    entries.append(Line2D([], [], color=GREY, linewidth=1.4, label="training: each step light, running mean strong"))
+def legend(fig, arms, borders=None):
+    """Above the panels, where it covers no curve: an entry per arm, then what light, strong, a circle and a vertical
+    line mean."""
+    seeds = [max(len(r[kind]["step"]) for kind in KEYS) for r in arms]
+    entries = []
+    for r, n in zip(arms, seeds):
+        name = r["name"].replace("$", r"\$") + (f" ({n} seeds)" if n > 1 else "")  # a bare dollar begins a formula
+        entries.append(Line2D([], [], color=r["color"], linestyle=r["dash"], linewidth=2, label=name))
+    if min(seeds) == 1:
+        entries.append(
+            Line2D([], [], color=GREY, linewidth=1.4, label="training: each step light, running mean strong")
+        )
+    if max(seeds) > 1:
+        entries.append(Line2D([], [], color=GREY, linewidth=1.4, label="training: running mean; band: range of seeds"))
     entries.append(Line2D([], [], color=GREY, linestyle="none", label="validation", **CIRCLE))
+    if borders:
+        entries.append(Line2D([], [], color=GREY, linewidth=0.7, linestyle=":", label=borders))
     columns = max(1, min(len(entries), LEGEND // max(len(entry.get_label()) + 8 for entry in entries)))
     fig.legend(handles=entries, fontsize=9, frameon=False, loc="outside upper center", ncols=columns, columnspacing=1.2)
 
@@ -255,17 +418,14 @@ def find_metrics(path) -> tuple[str, Path]:
 
 
 def plot(runs, output, x="tokens", only=PANELS) -> Path:
-    """Draws runs (directories or metrics.jsonl files) into one PNG over tokens, steps or seconds, all panels there
-    are numbers for or `only` some; returns its path.
+    """Draws runs (directories or metrics.jsonl files) into one picture over tokens, steps or seconds, all panels there
+    are numbers for or `only` some; returns its path. Its format is what its name ends in: FORMATS.
 
     Raises UserError where a file is missing or malformed, or the picture cannot be written.
     """
-    names, files = zip(*map(find_metrics, runs))
-    if len(set(names)) < len(names):
-        names = [str(path) for path in runs]
-    styles = itertools.cycle(itertools.product(DASHES, COLORS))
-    drawn = [{"name": n, "color": c, "dash": d, **read_metrics(path)} for n, (d, c), path in zip(names, styles, files)]
-    fig = draw(drawn, x, only)
+    if Path(output).suffix.lower() not in FORMATS:
+        raise UserError(f"{output}: a picture's name ends in {', '.join(FORMATS)}")
+    fig = draw(find_arms(runs), x, only)
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         save(fig, output)
@@ -274,39 +434,39 @@ def plot(runs, output, x="tokens", only=PANELS) -> Path:
     return Path(output)
 
 
-def plot_comparison(arms, output):
-    """compare.py's picture: validation curves, a line and a band over the seeds per arm, and the paired differences.
+def plot_comparison(arms, folder):
+    """comparison.png in a comparison's folder: validation curves, a line and a band over the seeds per arm, and the
+    paired differences.
 
     arms: dicts with "arm" (the name), "measure", "curve" (tokens, mean, least, greatest) and, for all but the base,
     "difference" (mean, low and high end of its interval, both None for one seed)."""
     fig = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(arms)), dpi=DPI, facecolor="white", layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     unit = {"loss": "nats per token", "bits_per_byte": "bits per byte"}[arms[0]["measure"]]
-    colors = {row["arm"]: color for row, color in zip(arms, itertools.cycle(COLORS))}
+    style = {name: {"dash": dash, "color": color} for name, (dash, color) in zip(arms_in(folder).values(), styles())}
     for row in arms:
-        tokens, mean, least, greatest = map(np.array, row["curve"])
-        left.plot(tokens, mean, color=colors[row["arm"]], linewidth=1.4, label=row["arm"], **CIRCLE)
-        left.fill_between(tokens, least, greatest, color=colors[row["arm"]], alpha=0.2, linewidth=0)
+        tokens, mean, *ends = map(np.array, row["curve"])
+        band(left, style[row["arm"]], tokens[None], np.stack(ends))
+        marked(left, style[row["arm"]], tokens, mean)
+        left.lines[-1].set_label(row["arm"].replace("$", r"\$"))
     frame(left)
     left.set_xlabel("training tokens")
-    left.set_ylabel(f"validation ({unit}): mean, and range over seeds")
+    left.set_ylabel(f"validation ({unit}): mean, and range of seeds")
     left.xaxis.set_major_formatter(FuncFormatter(number))
     left.legend(frameon=False, fontsize=9)
     compared = [row for row in arms if "difference" in row]
     for height, row in enumerate(reversed(compared)):
-        d, color = row["difference"], colors[row["arm"]]
+        d, color = row["difference"], style[row["arm"]]["color"]
         if d["low"] is not None:
             right.plot([d["low"], d["high"]], [height, height], color=color, linewidth=2)
         right.plot(d["mean"], height, "o", color=color)
     right.axvline(0, color=GREY, linewidth=1, linestyle="--")
-    right.set_yticks(range(len(compared)), [row["arm"] for row in reversed(compared)])
+    right.set_yticks(range(len(compared)), [row["arm"].replace("$", r"\$") for row in reversed(compared)])
     right.set_ylim(-0.7, len(compared) - 0.3)
-    right.set_xlabel(f"difference to {arms[0]['arm']} ({unit}), 95% interval\nless is better")
-    for ax in (left, right):
-        ax.grid(color="#E5E5E5", linewidth=0.8)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    save(fig, output)
+    right.set_xlabel(f"difference to {arms[0]['arm']} ({unit}), 95% interval\nless is better".replace("$", r"\$"))
+    tidy(left)
+    tidy(right)
+    save(fig, Path(folder) / "comparison.png")
 
 
 def draw_lengths(splits, ends, output):
@@ -325,15 +485,14 @@ def draw_lengths(splits, ends, output):
     ax.set_xlabel("tokens in a document, its marker included")
     ax.set_ylabel("documents (%)")
     ax.legend(frameon=False)
-    ax.grid(color="#E5E5E5", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    tidy(ax)
     save(fig, output)
 
 
 def save(fig, output):
+    """Writes a figure in the format that the name ends in."""
     picture = io.BytesIO()
-    fig.savefig(picture, format="png")
+    fig.savefig(picture, format=Path(output).suffix[1:].lower())
     write_whole(output, picture.getvalue())
 
 
@@ -346,7 +505,8 @@ def newest_run() -> Path:
 
 EXAMPLES = [
     "python plot_run.py checkpoints/demo",
-    "python plot_run.py checkpoints/one checkpoints/two --x seconds --only loss speed --output both.png",
+    "python plot_run.py checkpoints/one checkpoints/two --x seconds --only loss speed --output both.pdf",
+    "python plot_run.py comparisons/ideas/*/seed_* --output ideas.svg",
 ]
 
 
@@ -355,14 +515,16 @@ class PlotConfig:
     """Which runs are drawn, and over what."""
 
     runs: tuple[str, ...] = flag((), "directory or metrics.jsonl; default: the newest run", unit="run", positional=True)
-    output: str | None = flag(None, "the picture; default: curves.png beside the first run's metrics", unit="file")
+    output: str | None = flag(
+        None, "the picture, .png, .svg or .pdf; default: curves.png beside the metrics of the first run", unit="file"
+    )
     x: str = flag("tokens", "horizontal axis", unit="name", choices=tuple(AXES))
     only: tuple[str, ...] = flag(tuple(PANELS), "panels", unit="panel", choices=tuple(PANELS))
 
 
 def main(argv=None):
     """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    description = "Draw the curves of one run, or of several for comparison, into a PNG."
+    description = "Draw the curves of one run, or of several for comparison, into one picture."
     args = parse(PlotConfig, argv, description, EXAMPLES)
     runs = args.runs or [newest_run()]
     output = args.output or find_metrics(runs[0])[1].with_name("curves.png")

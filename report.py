@@ -239,7 +239,7 @@ def write(folder, rows, said):
     print("\n" + "\n".join(said), flush=True)
     drawn = [row for row in rows if "mean" in row]
     if drawn:
-        plot_run.plot_comparison(drawn, folder / "comparison.png")
+        plot_run.plot_comparison(drawn, folder)
     markdown = [f"| {' | '.join(line)} |" for line in lines]
     markdown.insert(1, "|" + "---|" * len(lines[0]))
     picture = ["![curves and differences](comparison.png)", ""] if drawn else []

@@ -1,4 +1,5 @@
-"""Curves: every mixture of rows gives a whole PNG, and what is no metrics file is named."""
+"""Curves: every mixture of rows gives a whole picture, runs of one arm share a colour, and what is no metrics file is
+named."""
 
 import json
 import math
@@ -28,7 +29,7 @@ def make_rows(steps=60, kinds=("train", "val", "hellaswag", "sample")):
         at = {"step": step, "tokens": step * 65536, "seconds": step * 3.5}
         loss = 3 + 8 * math.exp(-step / 5)
         if "train" in kinds and step:
-            speed = {"tokens_per_second": 18000 + step, "mfu": None, "memory": 10}
+            speed = {"tokens_per_second": 18000 + step, "mfu": None, "memory": 10, "epoch": step / 100}
             rows.append({"kind": "train", **at, "loss": loss, "lr": 6e-4 / step, "grad_norm": 1.0, **speed})
         if "val" in kinds and step % 10 == 0:
             rows.append({"kind": "val", **at, "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": None})
@@ -53,10 +54,31 @@ def check_png(path):
     return struct.unpack(">II", body[16:24])
 
 
-def panels(folder, x="tokens"):
+def figure(runs, x="tokens"):
+    return plot_run.draw(plot_run.find_arms(runs), x)
+
+
+def panels(folder):
     """The vertical labels of what would be drawn."""
-    rows = {"name": "run", "color": "black", "dash": "-", **plot_run.read_metrics(folder / "metrics.jsonl")}
-    return [ax.get_ylabel().split(" (")[0] for ax in plot_run.draw([rows], x).axes]
+    return [ax.get_ylabel().split(" (")[0] for ax in figure([folder]).axes]
+
+
+def make_comparison(folder, arms, seeds=(1, 2), gap=0.1):
+    """comparisons/NAME as compare.py leaves it; the loss of seed n is `gap` n higher. Returns the runs, sorted by name
+    as a shell does."""
+    runs = []
+    for arm in arms:
+        for seed in seeds:
+            rows = [row | {"loss": row["loss"] + gap * seed} if "loss" in row else row for row in make_rows()]
+            runs.append(make_run(folder / plot_run.arm_folder(arm) / f"seed_{seed}", rows))
+    (folder / "comparison.json").write_text(json.dumps({"common": [], "arms": {arm: {} for arm in arms}}))
+    return sorted(runs)
+
+
+def colors(fig) -> dict:
+    """{name: color} of the legend."""
+    [legend] = fig.legends
+    return {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines())}
 
 
 def test_one_run(tmp_path, monkeypatch):
@@ -67,15 +89,18 @@ def test_one_run(tmp_path, monkeypatch):
     width, height = check_png(out)
     assert width == 1200 and height > 800 and out.stat().st_size > 30_000
     assert os.listdir(out.parent) == ["curves.png"]
-    names = ["loss", "validation perplexity", "HellaSwag acc_norm ± s.e.", "learning rate", "tokens per second"]
+    names = ["loss", "validation perplexity", "HellaSwag acc_norm ± s.e.", "learning rate", NORM, "tokens per second"]
     assert panels(folder) == names
+
+
+NORM = "gradient norm before clipping"
 
 
 @pytest.mark.parametrize(
     "kinds, names",
     [
-        (("train", "val"), ["loss", "validation perplexity", "learning rate", "tokens per second"]),
-        (("train",), ["loss", "learning rate", "tokens per second"]),
+        (("train", "val"), ["loss", "validation perplexity", "learning rate", NORM, "tokens per second"]),
+        (("train",), ["loss", "learning rate", NORM, "tokens per second"]),
         (("val",), ["validation perplexity"]),
         (("hellaswag",), ["HellaSwag acc_norm ± s.e."]),
     ],
@@ -84,6 +109,103 @@ def test_a_panel_without_rows_is_left_out(tmp_path, kinds, names):
     folder = make_run(tmp_path / "run", make_rows(kinds=kinds))
     assert panels(folder) == names
     check_png(plot_run.plot([folder], tmp_path / "out.png"))
+
+
+def test_bits_per_byte_have_a_panel_where_they_are_known(tmp_path):
+    rows = [row | {"bits_per_byte": 2.0} if row["kind"] == "val" else row for row in make_rows()]
+    assert panels(make_run(tmp_path / "run", rows))[2] == "validation bits per byte"
+
+
+def test_the_seeds_of_an_arm_are_one_line_with_a_band(tmp_path):
+    """Bug: eighteen runs of six arms in eighteen styles, where nobody sees an arm."""
+    runs = make_comparison(tmp_path / "c", ["base", "zero init"])
+    fig = figure(runs)
+    assert list(colors(fig))[:2] == ["base (2 seeds)", "zero init (2 seeds)"]
+    loss = fig.axes[0]
+    [mean] = [line for line in loss.lines if line.get_linewidth() == 1.4 and line.get_color() == plot_run.COLORS[0]]
+    expected = 0.15 + plot_run.smooth(np.array([row["loss"] for row in make_rows() if row["kind"] == "train"]))
+    assert mean.get_ydata() == pytest.approx(expected), "the mean of the seeds"
+    box = loss.collections[0].get_paths()[0].get_extents()
+    assert box.y0 == pytest.approx(expected.min() - 0.05) and box.y1 == pytest.approx(expected.max() + 0.05)
+
+
+def test_an_arm_has_one_colour_in_every_picture(tmp_path, monkeypatch):
+    """Bug: colours by the order of the names on the command line, so that an arm changes its colour from picture to
+    picture, or when another arm fails."""
+    folder, names = tmp_path / "c", ["muon", "base", "a b"]
+    runs = make_comparison(folder, names)
+    expected = dict(zip(names, plot_run.COLORS))
+    found = colors(figure(runs))
+    assert {name: found[f"{name} (2 seeds)"] for name in names} == expected
+    assert (
+        colors(figure([folder / "a_b" / "seed_2", tmp_path / "c" / "base" / "seed_1"]))["a b, seed_2"]
+        == expected["a b"]
+    )
+    drawn = []
+    monkeypatch.setattr(plot_run, "save", lambda fig, path: drawn.append((fig, path)))
+    row = {"measure": "loss", "curve": [[0, 100], [4, 3], [4, 2.9], [4, 3.1]]}
+    d = {"difference": {"mean": -0.1, "low": -0.2, "high": 0.0}}
+    plot_run.plot_comparison([row | {"arm": "base"}, row | {"arm": "a b"} | d], folder)
+    [(fig, path)] = drawn
+    assert path == folder / "comparison.png"
+    left, right = fig.axes
+    [legend] = [left.get_legend()]
+    found = {text.get_text(): line.get_color() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert found == {name: expected[name] for name in ("base", "a b")}
+    assert right.lines[0].get_color() == expected["a b"]
+
+
+def test_seeds_of_other_lengths_are_drawn_where_all_of_them_are(tmp_path):
+    """An arm in the midst of its runs: the mean of what only one seed has would jump."""
+    runs = make_comparison(tmp_path / "c", ["base"])
+    make_run(tmp_path / "c" / "base" / "seed_3", [])
+    short = make_rows(20)
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
+    [arm] = plot_run.find_arms([*runs, tmp_path / "c" / "base" / "seed_3"])
+    assert arm["train"]["loss"].shape == (2, 20) and arm["val"]["loss"].shape == (2, 3)
+    check_png(plot_run.plot(runs, tmp_path / "out.png"))
+
+
+def vertical(ax):
+    return [line for line in ax.lines if line.get_linestyle() == ":" and len(set(line.get_xdata())) == 1]
+
+
+def test_ends_of_epochs_are_thin_lines(tmp_path):
+    """Drawn from the rows' `epoch`: none at the end of the run; in a run's colour where runs differ; few of many."""
+
+    def run(name, per_step, steps=60):
+        rows = [row | {"epoch": row["step"] * per_step} if row["kind"] == "train" else row for row in make_rows(steps)]
+        return make_run(tmp_path / name, rows)
+
+    one, two, many = run("one", 1 / 20), run("two", 1 / 40), run("many", 5)
+    for ax in figure([one], "steps").axes:
+        assert [line.get_xdata()[0] for line in vertical(ax)] == pytest.approx([20, 40])
+    assert {line.get_color() for line in vertical(figure([one, one]).axes[0])} == {plot_run.GREY}
+    fig = figure([one, two], "steps")
+    assert {line.get_color() for line in vertical(fig.axes[0])} == set(plot_run.COLORS[:2])
+    fig = figure([many], "steps")
+    assert len(vertical(fig.axes[0])) == 19 and list(colors(fig))[-1] == "end of an epoch, one in 15"
+    assert list(colors(figure([run("short", 1 / 60)])))[-1] == "validation", "a line where nothing ends"
+
+
+def test_other_vocabularies_are_said(tmp_path):
+    """Bug: two curves of nats per token in one panel, of other tokens."""
+    runs = [make_run(tmp_path / name, make_rows()) for name in "abc"]
+    for folder, tokenizer in zip(runs, ("x", "y")):
+        (folder / "run.json").write_text(json.dumps({"identity": {"tokenizer": tokenizer}}))
+    notes = [ax.get_title(loc="left") for ax in figure(runs).axes]
+    assert [i for i, note in enumerate(notes) if "vocabularies differ" in note] == [0, 1], "loss and perplexity"
+    assert not any(ax.get_title(loc="left") for ax in figure([runs[0], runs[2]]).axes)
+
+
+@pytest.mark.parametrize("name, first", [("a.svg", b"<?xml"), ("a.PDF", b"%PDF-"), ("a.png", b"\x89PNG")])
+def test_the_format_is_what_the_name_says(tmp_path, capsys, name, first):
+    """Bug: `--output curves.pdf` wrote a PNG."""
+    folder = make_run(tmp_path / "run", make_rows(5))
+    assert plot_run.plot([folder], tmp_path / name).read_bytes().startswith(first)
+    for wrong in ("a.jpg", "a"):
+        assert run(lambda wrong=wrong: plot_run.main([str(folder), "--output", str(tmp_path / wrong)])) == 2
+        assert capsys.readouterr().err.endswith(f"{wrong}: a picture's name ends in .png, .svg, .pdf\n")
 
 
 def test_only_some_panels(tmp_path, capsys):
@@ -171,7 +293,8 @@ def test_smooth_and_thin():
     assert len(plot_run.smooth(np.zeros(0))) == 0
     x = np.arange(100_000)
     a, b = plot_run.thin(x, -x)
-    assert len(a) == plot_run.POINTS and a[0] == 0 and a[-1] == x[-1] and (a == -b).all()
+    assert plot_run.POINTS * 0.8 < len(a) <= plot_run.POINTS and a[-1] == x[-1] and (a == -b).all()
+    assert list(a[:80]) == list(range(80)) and np.diff(a).max() < 120, "the early bend, and no gap later"
     assert len(plot_run.thin(x[:7])[0]) == 7 and len(plot_run.thin(x[:0])[0]) == 0
 
 
@@ -179,8 +302,7 @@ def test_the_beginning_does_not_flatten_the_rest(tmp_path):
     """Guards the limits: a fall from 11 to 3 in the first steps, then all that matters within 0.2."""
     rows = make_rows(400)
     folder = make_run(tmp_path / "run", rows)
-    r = {"name": "run", "color": "black", "dash": "-", **plot_run.read_metrics(folder / "metrics.jsonl")}
-    loss, perplexity = plot_run.draw([r], "steps").axes[:2]
+    loss, perplexity = figure([folder], "steps").axes[:2]
     assert 2.9 < loss.get_ylim()[0] < 3 < loss.get_ylim()[1] < 4
     assert 15 < perplexity.get_ylim()[0] < math.exp(3) < perplexity.get_ylim()[1] < 50
 

@@ -84,6 +84,10 @@ class TrainConfig:
     lr: float = flag(6e-4, "highest learning rate", at_least=0)
     min_lr: float | None = flag(None, "learning rate at the last step; default: a tenth of --lr", at_least=0)
     warmup_frac: float = flag(0.06, "share of the steps with rising learning rate", at_least=0, below=1)
+    schedule: str = flag("cosine", "learning rate after the warm-up; linear: constant, then straight to --min_lr",
+                         unit="name", choices=("cosine", "linear"))  # fmt: skip
+    decay_frac: float = flag(0.4, "share of the steps with falling learning rate, for --schedule linear",
+                             at_least=0, at_most=1)  # fmt: skip
     weight_decay: float = flag(0.1, "AdamW's, on matrices only", at_least=0)
     beta2: float = flag(0.95, "AdamW's decay of squared gradients", at_least=0, below=1)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0: no clipping", at_least=0)
@@ -175,6 +179,8 @@ def problems(c: TrainConfig, world=None) -> list[str]:
     found += [f"--{name} is {value!a}; it must be UTF-8 text" for name, value in vars(c).items() if not is_text(value)]
     if c.last_lr > c.lr:
         found.append(f"--min_lr is {c.min_lr}; it must not exceed --lr ({c.lr})")
+    if c.schedule == "linear" and c.warmup_frac + c.decay_frac > 1 + 1e-9:  # 0.1 + 0.9 may exceed 1 by rounding
+        found.append(f"--warmup_frac {c.warmup_frac} and --decay_frac {c.decay_frac} together exceed 1; lower one")
     if not c.eval_only:
         found += batch_problems(c, world)
     if c.fsdp and (world == 1 or c.dtype == "float16" or c.compile == "on"):

@@ -46,10 +46,17 @@ from tokenizer import load_tokenizer
 
 
 def lr_at(step, c: TrainConfig) -> float:
-    """Learning rate of update number `step` (from 0): linear warm-up, then half a cosine down to the last one."""
+    """Learning rate of update number `step` (from 0): linear warm-up, then --schedule down to the last one.
+
+    cosine: half a cosine from the end of the warm-up on (Loshchilov & Hutter 2017). linear: the highest rate until the
+    last decay_frac of the updates, then a straight line (Hägele et al. 2024, arXiv 2405.18392)."""
     warmup = round(c.warmup_frac * c.max_steps)
     if step < warmup:
         return c.lr * (step + 1) / warmup
+    if c.schedule == "linear":
+        decay = round(c.decay_frac * c.max_steps)  # updates below the highest rate
+        remaining = (c.max_steps - 1 - step) / max(1, decay)  # 0 at the last update
+        return c.last_lr + min(1.0, remaining) * (c.lr - c.last_lr) if decay else c.lr
     progress = (step - warmup) / max(1, c.max_steps - 1 - warmup)  # 1 at the last update
     return c.last_lr + 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) * (c.lr - c.last_lr)
 

@@ -51,6 +51,38 @@ def test_schedule_warms_up_falls_along_a_cosine_and_ends_at_min_lr():
         torch_cosine.step()
 
 
+def test_linear_schedule_is_warm_up_then_constant_then_a_straight_line():
+    """Bugs: a decay that begins a step early or late, that misses min_lr at the last update, or that a rounding of
+    the two shares lets overlap the warm-up."""
+    c = TrainConfig(schedule="linear", max_steps=20, warmup_frac=0.2, decay_frac=0.4, lr=1.0, min_lr=0.2)
+    by_hand = [0.25, 0.5, 0.75, 1.0, *[1.0] * 8, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]
+    assert [lr_at(step, c) for step in range(20)] == pytest.approx(by_hand)
+    whole = replace(c, warmup_frac=0.0, decay_frac=1.0, max_steps=5, min_lr=0.0)
+    assert [lr_at(step, whole) for step in range(5)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    constant = replace(c, decay_frac=0.0)
+    assert [lr_at(step, constant) for step in range(20)] == [0.25, 0.5, 0.75, *[1.0] * 17]
+    half = replace(c, max_steps=5, warmup_frac=0.5, decay_frac=0.5)  # 2.5 steps each
+    assert [lr_at(step, half) for step in range(5)] == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.2])
+    assert lr_at(19, replace(c, min_lr=None)) == pytest.approx(0.1), "by default a tenth of lr"
+    assert problems(replace(c, device="cpu", warmup_frac=0.7)) == [
+        "--warmup_frac 0.7 and --decay_frac 0.4 together exceed 1; lower one"
+    ]
+    assert not problems(replace(PRESETS["gpt2-124m"], decay_frac=1.0)), "a cosine does not read decay_frac"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_on_the_linear_schedule_continues_to_the_same_bits(toy, optimizer):
+    """Bug: a schedule kept in an object that a restart forgets; here the rate is a function of the step."""
+    c = replace(toy, schedule="linear", decay_frac=0.5, optimizer=optimizer, run_name="whole", keep_last=9)
+    train(c)
+    whole = trace(c)
+    assert [float.fromhex(row[3]) for row in whole] == [lr_at(step, c) for step in range(40)]
+    for step in (30, 35, 40):
+        shutil.rmtree(c.run_dir / checkpoint.name_of(step))
+    train(c)
+    assert trace(c) == whole
+
+
 def test_default_preset_is_gpt2_124m_on_ten_billion_tokens():
     c = PRESETS["gpt2-124m"]
     assert c.max_steps * c.total_batch_tokens == pytest.approx(10e9, rel=1e-5)

@@ -189,8 +189,8 @@ def facts(c: TrainConfig, net: Net, data: Data) -> dict:
 def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     """One update from one global batch: accumulate, reduce, clip, check, step.
 
-    Returns the position after it and the step, launched: on a GPU the work may still be going on, and `Launched.read`
-    waits for its numbers. Nothing is updated from a loss or a gradient that is not finite, or from one of zeros."""
+    Returns the position after the step, and the step as started: a GPU may still be computing it. The update is not
+    applied where the loss or the gradient is not finite, or where the gradient is zero."""
     if not net.model.training:
         net.step_model.train()
     loss_sum = torch.zeros((), device=rt.device)
@@ -216,23 +216,25 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     net.optimizer.zero_grad(set_to_none=True)
     at = Position(at.step + 1, at.samples_seen + c.global_batch, at.seconds)
     numbers = rt.read_later(torch.cat([sums, norm.to(sums).reshape(1)]))
-    return at, Launched(at, lr, batch.start, batch.n_targets, net.scaler.is_enabled(), numbers)
+    return at, StartedStep(at, lr, batch.start, batch.n_targets, net.scaler.is_enabled(), numbers)
 
 
 @dataclass
-class Launched:
-    """A step whose numbers may not be known yet."""
+class StartedStep:
+    """A step whose numbers the device may still be computing."""
 
     at: Position  # after it
     lr: float
-    start: int  # number of the batch's first window
+    first: int  # number of the batch's first window
     n_targets: int
     scaled: bool  # whether fp16's scaler is on
     numbers: Callable  # waits for the device; returns sum of losses, checksum, stops asked for, gradient norm
 
     def read(self):
-        """(row of metrics, whether any rank wants to stop). UserError where the step was not applied; but fp16's
-        scaler finds its scale by overshooting now and then, and that step is only marked as skipped."""
+        """(row of metrics, whether any rank wants to stop). UserError where the update was not applied.
+
+        With fp16 an infinite gradient is no error: the scaler finds the largest usable scale by trying larger ones.
+        Such a step is marked as skipped."""
         total, checksum, stop, norm = self.numbers()
         loss = total / self.n_targets
         row = {"loss": loss, "lr": self.lr, "grad_norm": norm, "checksum": int(checksum)}
@@ -240,10 +242,28 @@ class Launched:
             return row | {"grad_norm": None, "skipped": True}, stop > 0  # JSON has no infinity
         if not (math.isfinite(loss) and math.isfinite(norm)) or norm == 0:
             raise UserError(
-                f"step {self.at.step}: loss {loss}, gradient norm {norm} at lr {self.lr:.3g}, samples {self.start} to "
+                f"step {self.at.step}: loss {loss}, gradient norm {norm} at lr {self.lr:.3g}, samples {self.first} to "
                 f"{self.at.samples_seen - 1}; the update was not applied. Lower --lr, or look at that data"
             )
         return row, stop > 0
+
+
+class StepReader:
+    """Reads the numbers of training steps: on a GPU those of a step are read after the next step was started.
+
+    Reading a loss waits until the GPU has computed it. Without the delay the GPU would then have no work until Python
+    has started the next step. A CPU computes a step before `train_step` returns, so nothing is delayed there."""
+
+    def __init__(self, delay):
+        self.delay, self.unread = delay, []
+
+    def read(self, started=None, delay=True):
+        """Adds a step; returns (position, row, stop) of each step that is read now. delay=False reads all of them."""
+        self.unread += [started] if started else []
+        keep = 1 if self.delay and delay else 0
+        ready = self.unread[: len(self.unread) - keep]
+        self.unread = self.unread[len(ready) :]
+        return [(step.at, *step.read()) for step in ready]
 
 
 # ---------------------------------------------------------------------------------------
@@ -293,12 +313,12 @@ def sample(c: TrainConfig, rt, model, data: Data) -> str:
     return one
 
 
-def draw(run_dir):
-    """The curves so far, as curves.png."""
+def plot_curves(run_dir):
+    """Writes curves.png from the metrics so far. A failure costs one warning, not the run."""
     try:
         plot_run.plot([run_dir], run_dir / "curves.png")
-    except Exception as error:  # a picture is not worth a run
-        print(f"warning: curves.png was not drawn ({type(error).__name__}: {error})", file=sys.stderr)
+    except Exception as error:
+        print(f"warning: curves.png was not written ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def evaluate_only(c: TrainConfig, rt) -> dict:
@@ -340,21 +360,21 @@ def train(config: TrainConfig) -> dict:
         with Log(c, rt, about) as log, Saver(c, rt, about["identity"], data.tokenizer) as saver, rt.signals:
             at = saver.resume(net)
             log.open(at, anew=saver.from_other)
-            saver.keep_best(log)  # a crash may have come between a validation and this
-            if log.finished(at):  # then nothing is written, and no data is read ahead
+            saver.keep_best(log)  # the last session may have ended between a validation and this
+            if log.finished(at):
                 log.say(f"{c.run_dir}: already at step {at.step} of {c.max_steps}")
                 return log.summary(at)
             saver.check_space(net)
             log.begin(at, saver.changed)
             refuse_wrong_products(net, rt, c.batch_size, c.dropout)
-            launched = []  # steps whose numbers are not read yet
+            reader = StepReader(delay=rt.device.type == "cuda")
             order = (c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
             loader = FineWebDataLoader(data.train, *order)
             try:
                 with FineWebBatchIterator(loader, at.samples_seen, rt.device) as batches:
                     while True:  # max_steps + 1 times: the first and the last state are evaluated like any other
                         saving = saver.due(at)
-                        if saving:  # first: what follows may take long, and changes nothing
+                        if saving:  # before the evaluations, which take long and change nothing
                             saver.save(net, at, log)
                         if log.due("val", at):
                             log.val(validate(c, rt, net.model, data), at)
@@ -364,24 +384,20 @@ def train(config: TrainConfig) -> dict:
                         if log.due("sample", at):
                             log.sample(sample(c, rt, net.model, data), at)
                         if saving and rt.is_main:
-                            draw(c.run_dir)
+                            plot_curves(c.run_dir)
                         if at.step >= c.max_steps:
                             break
                         began = time.perf_counter()
-                        at, step = train_step(c, rt, net, next(batches), at)
-                        launched.append(step)
-                        # on a GPU the numbers of a step are read while it works on the next, unless something is due
-                        unread = rt.device.type == "cuda" and not (saver.due(at) or log.anything_due(at))
-                        known = [launched.pop(0) for _ in range(len(launched) - unread)]
-                        read = [step.read() for step in known]
+                        at, started = train_step(c, rt, net, next(batches), at)
+                        results = reader.read(started, delay=not (saver.due(at) or log.anything_due(at)))
                         at.seconds += time.perf_counter() - began
-                        for step, (row, _) in zip(known, read):
-                            log.train(row, step.at)
-                        if any(stop for _, stop in read):
+                        for after, row, _ in results:
+                            log.train(row, after)
+                        if any(stop for _, _, stop in results):
                             raise runtime.Stopped
             except runtime.Stopped:
-                for step in launched:
-                    log.train(step.read()[0], step.at)
+                for after, row, _ in reader.read(delay=False):
+                    log.train(row, after)
                 saver.save(net, at, log)
                 signal = max(rt.gather(rt.signals.received))
             saver.wait(log)

@@ -84,7 +84,7 @@ def device(request) -> str:
 @pytest.fixture
 def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
     """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""
-    monkeypatch.setattr(train_module, "draw", lambda run_dir: None)
+    monkeypatch.setattr(train_module, "plot_curves", lambda run_dir: None)
     return TrainConfig(
         run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,
         n_embd=32, dropout=0.1, max_steps=40, batch_size=4, total_batch_tokens=256, lr=3e-3, min_lr=3e-4,

@@ -23,7 +23,7 @@ import train
 from support.cli import run
 from support.files import write_whole
 
-train.draw = lambda run_dir: None  # pictures would take most of the time
+train.plot_curves = lambda run_dir: None  # pictures would take most of the time
 prepare_fineweb.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
 
 

@@ -169,7 +169,7 @@ def test_a_run_draws_its_curves(toy, monkeypatch, capsys):
     assert (toy.run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(train_module.plot_run, "plot", lambda *args: 1 / 0)
     assert train(replace(toy, run_name="other", max_steps=2))["step"] == 2
-    assert capsys.readouterr().err.count("warning: curves.png was not drawn (ZeroDivisionError") == 1
+    assert capsys.readouterr().err.count("warning: curves.png was not written (ZeroDivisionError") == 1
 
 
 def test_evaluating_sampling_and_saving_do_not_move_the_trace(toy):
@@ -247,6 +247,34 @@ def test_finished_run_says_so_and_rewrites_nothing(toy, capsys):
     assert said[said.index("\nfinished") :] == first[first.index("\nfinished") :], "what came of it, the same again"
     assert result["val_loss"] == vals(toy)[40]
     assert before == {p: p.stat().st_mtime_ns for p in before} and text == (toy.run_dir / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("signal_at", [None, 7])
+def test_numbers_that_are_read_a_step_late_are_the_same_rows(toy, monkeypatch, signal_at):
+    """As on a GPU. Bugs: the step before an evaluation, the end or a stop has no row; a row under another step."""
+    real_reader, real_step, steps = train_module.StepReader, train_module.train_step, []
+    toy = replace(toy, max_steps=12, eval_interval=5, sample_interval=0, save_interval=0)
+    train(toy)
+
+    def step(*args):
+        if len(steps) == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        steps.append(len(trace(late)))
+        return real_step(*args)
+
+    monkeypatch.setattr(train_module, "StepReader", lambda delay: real_reader(delay=True))
+    monkeypatch.setattr(train_module, "train_step", step)
+    late = replace(toy, run_name="late")
+    train(late)
+    assert steps[:8] == [0, 0, 1, 2, 3, 5, 5, 6], (
+        "rows on the disk when a step starts: one late, unless something is due"
+    )
+    if signal_at:
+        assert [row[0] for row in trace(late)] == [*range(1, checkpoint.step_of(checkpoint.steps(late.run_dir)[0]) + 1)]
+        train(late)
+    kinds = [(row["kind"], row["step"]) for row in read_rows(toy.run_dir / "metrics.jsonl")]
+    assert kinds == [(row["kind"], row["step"]) for row in read_rows(late.run_dir / "metrics.jsonl")]
+    assert trace(late) == trace(toy)
 
 
 def test_killed_between_last_save_and_last_evaluation_still_evaluates(toy, monkeypatch):

@@ -89,7 +89,7 @@ def numbers_of(net) -> dict:
 
 def main():
     flags, shape, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[3])
-    train.draw = lambda run_dir: None  # for speed
+    train.plot_curves = lambda run_dir: None  # for speed
     found = run_of(train.parse(flags), folder)
     torch.manual_seed(0)
     net = model.GPT(model.GPTConfig(**shape)).eval()

@@ -305,10 +305,13 @@ def stream_text(samples, model, tokens, sampling, max_new_tokens, seed):
     yield [s.finish("length") if s.finish_reason is None else "" for s in samples]
 
 
-def sample_text(model, tokenizer, prompt, sampling, max_new_tokens, num_samples=1, seed=0, poll=None) -> list[str]:
-    """Continuations of the prompt, without the prompt itself. Leaves the model's mode and torch's
-    random stream as they were. What `poll`, called after each token, raises ends it.
-    Raises ValueError where the prompt exceeds block_size tokens."""
+def sample_text(
+    model, tokenizer, prompt, sampling=PRESETS["nucleus"], max_new_tokens=200, num_samples=1, seed=0, poll=None
+) -> list[str]:
+    """Continuations of the prompt, num_samples of them, each without the prompt itself.
+
+    The model's mode and torch's random stream are the same afterwards as before. `poll` is called after each token;
+    what it raises ends the sampling. Raises ValueError where the prompt exceeds block_size tokens."""
     tokens = tokenizer.encode(prompt)
     samples = [Sample(tokenizer, prompt=tokens) for _ in range(num_samples)]
     for _ in stream_text(samples, model, tokens, sampling, max_new_tokens, seed):

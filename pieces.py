@@ -1,17 +1,20 @@
-"""The pieces of a preparation: each is rows of text in, documents, token shards and a file of facts out.
+"""The pieces of a preparation: each takes rows of text and makes documents, token shards and a file of facts of them.
 
-`make_piece` makes one by itself, in any process, on any machine that sees the folder. The facts come last, when the
-shards are on the disk: what has its facts is done. `make_all` makes those that have none.
+`make_piece` makes one piece in any process, on any machine that sees the folder. It writes the facts last, when the
+shards are on the disk: a piece that has its facts is done. `make_all` makes the pieces that have none.
 """
 
 import hashlib
 import itertools
+import json
 import os
 import re
 import socket
+import time
 from bisect import bisect
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,9 +34,9 @@ BYTES_PER_TOKEN = 2  # of a source file, at the least: 2.8 in FineWeb-Edu's parq
 BATCH_CHARS = 1_000_000  # tokenized at a time
 CHECK_CHARS = 100_000  # longest text of which the fast tokenizer's ids are compared with the library's
 CHECKED = 0.001  # part of the documents
+BAR_SECONDS, LINE_SECONDS = 1, 60  # between two signs of progress: on a terminal, and in a log
 REASONS = ("none", "empty", "whitespace", "language", "no_score", "low_score", "in_validation")  # to leave a text out
 LENGTHS = sorted({round(2 ** (i / 4)) for i in range(128)})  # tokens; lower ends of the histogram's bins
-CODE = ("prepare_fineweb.py", "pieces.py", "prepared.py", "data_processing_fineweb.py", "tokenizer.py", "support/*.py")
 
 
 class Piece(NamedTuple):
@@ -70,8 +73,8 @@ def cut(files, role, shard_tokens, first=0) -> list[Piece]:
 
 
 def documents(piece, c, last_parts=False, known=frozenset()):
-    """The documents of a piece in order, those that are left out too. `last_parts`: the last part of each validates.
-    `known`: digests of texts that validate, which are not trained on."""
+    """The documents of a piece in order, with those that are skipped. `last_parts`: the last part of each validates.
+    `known`: digests of texts that validate, so nothing trains on them."""
     wanted = Wanted(c.text_column, c.min_score is not None, c.language is not None, c.split_on)
     for where, row in rows_of(piece.paths, wanted, piece.part, piece.parts):
         text = text_of(row["text"], where)
@@ -151,19 +154,18 @@ class Job(NamedTuple):
 
 
 class Split:
-    """The documents of one split in one piece: tokens go to its shards, counts to its facts."""
+    """The documents of one split in one piece. Their tokens go to its shards, and counts to its facts."""
 
     def __init__(self, directory, tokenizer, shard_tokens, name):
         owner = f".{socket.gethostname()}.{os.getpid()}"  # Ray may have one piece made twice at once
-        self.writer, self.tokenizer = ShardWriter(directory, tokenizer.vocab_size, shard_tokens, name, owner), tokenizer
-        self.counts, self.lengths = (
-            dict.fromkeys(("documents", "tokens", "text_bytes", "replaced_surrogates"), 0),
-            Counter(),
-        )
+        self.writer = ShardWriter(directory, tokenizer.vocab_size, shard_tokens, name, owner)
+        self.marker = np.array([tokenizer.eot_token], np.uint32)
+        self.counts = dict.fromkeys(("documents", "tokens", "text_bytes", "replaced_surrogates"), 0)
+        self.lengths = Counter()
 
     def add(self, document, ids):
         """`ids`: of the text alone; the marker comes before them."""
-        ids = np.concatenate([np.array([self.tokenizer.eot_token], np.uint32), ids])
+        ids = np.concatenate([self.marker, ids])
         self.writer.add(ids, document.text_bytes)
         for name, n in zip(self.counts, (1, len(ids), document.text_bytes, document.replaced)):
             self.counts[name] += n
@@ -205,7 +207,8 @@ def make_piece(job: Job) -> dict:
 
 
 def encoded(documents, tokenizer):
-    """(document, its ids), about 1 MB of text at a time. Of a sample the ids are compared with the library's."""
+    """(document, its ids), tokenized about 1 MB of text at a time. The ids of a sample are compared with those that
+    the library `tokenizers` gives."""
     checked = tokenizer.fast is None
     for batch in batches(documents):
         for document, ids in zip(batch, tokenizer.encode_arrays([document.text for document in batch])):
@@ -271,7 +274,7 @@ def facts_of(c, number, plan, last_parts) -> dict | None:
 
 
 def tokens_left(c, pieces, facts) -> int | None:
-    """Training tokens that the pieces after those that are done, counted from the first on, may add at most."""
+    """How many training tokens may still come, after the pieces that are done from the first on without a gap."""
     if c.max_tokens is None:
         return None
     done = itertools.takewhile(lambda p: p.number in facts, (p for p in pieces if p.role != "val"))
@@ -280,32 +283,44 @@ def tokens_left(c, pieces, facts) -> int | None:
 
 def make_missing(job, pieces, facts, executor, n):
     """Adds to `facts`, by number, those of the pieces that have none yet, until training has its tokens."""
-    todo, flying = [p for p in pieces if p.number not in facts], {}
-    bar = tqdm(total=len(todo), unit="piece", disable=None)  # none where there is no terminal
+    todo, flying, told = [p for p in pieces if p.number not in facts], {}, time.monotonic()
     try:
-        while todo or flying:
-            while todo and len(flying) < n and (left := tokens_left(job.config, pieces, facts)) != 0:
-                if todo[0].role == "train" and any(p.role == "val" for p in flying.values()):
-                    break  # what validates must be known before
-                piece = todo.pop(0)
-                flying[executor.submit(make_piece, job._replace(piece=piece, limit=left))] = piece
-            if not flying:
-                return
-            for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                facts[flying[future].number] = future.result()
-                told = counted(facts[flying.pop(future).number])
-                bar.set_postfix_str(told, refresh=False)
-                bar.update(1)
-                if bar.disable:
-                    print(f"{len(facts)} of {len(pieces)} pieces made, the last of {told}", flush=True)
+        with tqdm(total=len(todo), unit="piece", disable=None) as bar:  # disabled where there is no terminal
+            while todo or flying:
+                while todo and len(flying) < n and (left := tokens_left(job.config, pieces, facts)) != 0:
+                    if todo[0].role == "train" and any(p.role == "val" for p in flying.values()):
+                        break  # what validates must be known before
+                    piece = todo.pop(0)
+                    flying[executor.submit(make_piece, job._replace(piece=piece, limit=left))] = piece
+                if not flying:
+                    return
+                done = wait(flying, BAR_SECONDS, FIRST_COMPLETED).done
+                for future in done:
+                    facts[flying[future].number] = made = future.result()
+                    del flying[future]
+                    if bar.disable:
+                        print(f"{len(facts)} of {len(pieces)} pieces made, the last of {counted(made)}", flush=True)
+                bar.update(len(done))
+                bar.set_postfix_str(f"{megabytes(job.config):,.0f} MB of shards so far")
+                if bar.disable and not done and time.monotonic() - told >= LINE_SECONDS:
+                    print(f"{megabytes(job.config):,.0f} MB of shards so far", flush=True)
+                    told = time.monotonic()
     except LOST as error:
         lost = "; ".join(f"{p.paths[0]}, part {p.part + 1} of {p.parts}" for p in flying.values())
         raise UserError(
             f"a process died (killed, or out of memory) while it made one of these pieces: {lost}; the same command "
             "goes on, with a lower --num_proc if memory was short"
         ) from error
-    finally:
-        bar.close()
+
+
+def megabytes(c) -> float:
+    """What all shards have on the disk, unfinished ones too: it grows while a piece is made, wherever that is."""
+    total = 0
+    for directory in split_directories(c.out_dir).values():
+        for path in directory.glob("*fineweb_*"):
+            with suppress(FileNotFoundError):  # it was renamed meanwhile
+                total += path.stat().st_size
+    return total / 1e6
 
 
 def counted(facts) -> str:
@@ -339,13 +354,13 @@ def make_all(c, pieces, plan) -> list[dict] | None:
     if c.pieces:
         i, n = part_of(c)
         mine = [p for p in pieces if p.role == "val" or p.number * n // len(pieces) == i]
-    job = Job(c, None, plan, n_val=sum(p.role == "val" for p in pieces))
+    name = digest(json.dumps(plan, sort_keys=True).encode()).hex()
+    job = Job(c, None, name, n_val=sum(p.role == "val" for p in pieces))
     n_proc = min(c.num_proc or cores(), max(1, len(mine)))
-    with open_workers(c.engine, n_proc, c.start_method, c.ray_address, CODE) as (executor, n):
+    with open_workers(c.engine, n_proc, c.start_method, c.ray_address) as (executor, n):
         for last_parts in (False, True):  # the second time where no document's hash says that it validates
             job = job._replace(last_parts=last_parts)
-            found = {p.number: facts_of(c, p.number, plan, last_parts) for p in mine}
-            facts = {number: f for number, f in found.items() if f is not None}
+            facts = {p.number: f for p in mine if (f := facts_of(c, p.number, name, last_parts)) is not None}
             make_missing(job, mine, facts, executor, n)
             if c.pieces:
                 return None

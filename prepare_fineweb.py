@@ -15,7 +15,6 @@ surrogate pair becomes U+FFFD and is counted. NUL stays. A literal "<|endoftext|
 it. A value that is not text is an error.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -29,36 +28,21 @@ from support.cli import UserError, flag, range_problems, read_flags, refuse, run
 import numpy as np
 
 from data_processing_fineweb import FORMAT_VERSION, MANIFEST, open_shard, permutation
-from pieces import (
-    LENGTHS,
-    REASONS,
-    Document,
-    Split,
-    cut,
-    digest,
-    documents,
-    make_all,
-    part_of,
-    split_directories,
-)
+from pieces import LENGTHS, REASONS, Document, Split, cut, documents, make_all, part_of, split_directories
 from prepared import (
-    ANEW,
     PICTURE,
-    PLAN,
     alone,
     already_prepared,
     described,
-    differences,
     forget_pieces,
-    is_hidden,
+    plan_of,
     refuse_empty,
-    refuse_foreign,
-    refuse_other,
     remove,
+    write_plan,
 )
 from support import demo_corpus
 from support.download import fetch_shards
-from support.files import read_json, write_json
+from support.files import write_json
 from support.rows import FORMATS, find_files, hub_files, identity
 from tokenizer import load_tokenizer, replace_surrogates, train_tokenizer
 
@@ -85,9 +69,8 @@ class PrepareConfig:
     text_column: str = flag("text", "column or key of the text", group="documents")
     split_on: str | None = flag(None, "cut each text here into documents, for example '<|endoftext|>'; without it"
         " that is text like any other")  # fmt: skip
-    min_score: float | None = flag(
-        None, "take only rows with so much in the column score, else int_score; default: all"
-    )
+    min_score: float | None = flag(None, "take only rows with so much in the column score, else int_score;"
+        " default: all")  # fmt: skip
     language: str | None = flag(None, "take only rows with this in the column language, such as en; default: all")
     val_share: float | None = flag(None, "part of the documents that validates, by the hash of the text; where that is"
         " none, the last part of each document; default: 0.001, of your own files 0.05", above=0, below=1)  # fmt: skip
@@ -124,6 +107,9 @@ def problems(c: PrepareConfig) -> list[str]:
     found = range_problems(c)
     if type_problems(c):
         return found
+    for instead in (name for name in ("demo", "token_shards") if getattr(c, name)):
+        others = (f for f in fields(c) if f.name not in ("out_dir", instead) and getattr(c, f.name) != f.default)
+        found += [f"--{f.name}: not together with --{instead}" for f in others]
     hub = [name for name in ("dataset", "subset", "revision") if getattr(c, name)]
     found += [f"--{name} is for the hub: not together with --local_files" for name in hub if c.local_files]
     if c.val_files and c.val_share is not None:
@@ -160,34 +146,20 @@ def recipe_of(c, files) -> dict:
 
 
 def begin(c, directories, recipe, files) -> tuple[dict, list]:
-    """(plan, pieces). The plan is written, after the tokenizer, unless an earlier run of the same recipe left one."""
-    refuse_foreign(directories)
-    path = directories["train"] / "pieces" / PLAN
-    plan = read_json(path) if path.exists() and not c.restart else None
-    if plan and list(differences({key: plan.get(key) for key in recipe}, recipe)):
-        if any(path.parent.glob("[0-9]*.json")):
-            refuse_other(directories["train"], "was begun otherwise", plan, recipe)
-        plan = None  # there is nothing to lose yet
+    """(plan, pieces): those of an unfinished preparation of the same recipe, or of a new one."""
+    plan = None if c.restart else plan_of(directories, recipe)
     commit = None
     if not c.local_files:
         name, subset = (c.dataset, c.subset) if c.dataset else (DATASET, c.subset or SUBSET)
         files["local_files"], commit = hub_files(name, subset, c.split, plan.get("commit") if plan else c.revision)
     pieces = cut(files["val_files"], "val", c.shard_tokens)
     pieces += cut(files["local_files"], "train" if pieces else "both", c.shard_tokens, len(pieces))
-    kept = directories["train"] / "tokenizer"
-    if plan and any(differences(plan.get("tokenizer"), described(load_tokenizer(kept)))):
-        raise UserError(f"{kept}: changed since this preparation began; {ANEW}")
-    if plan and not c.pieces:
-        remove(directories, is_hidden)  # what a killed run left half-written
     if plan is None:
-        remove(directories, lambda name: True)
         tokenizer = train_on(pieces, c) if c.train_tokenizer else load_tokenizer(c.tokenizer, c.eot_token)
-        for directory in directories.values():
-            (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
-            tokenizer.save(directory / "tokenizer")
         plan = {"tokenizer": described(tokenizer), **recipe, "commit": commit}
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, plan)
+        write_plan(directories, plan, tokenizer)
+    elif not c.pieces:
+        remove(directories, lambda name: name.rpartition("/")[2].startswith("."))  # what a killed run left half-written
     return plan, pieces
 
 
@@ -238,11 +210,8 @@ def finish(c, directories, plan, kept, picture=True) -> dict:
 
 
 def draw_lengths(lengths, path):
-    try:
-        import plot_run  # here: only this needs matplotlib
-    except ImportError as error:
-        print(f"no picture of the documents' lengths ({error}); pip install matplotlib", file=sys.stderr)
-        return
+    import plot_run  # here: only this needs matplotlib
+
     plot_run.draw_lengths(lengths, LENGTHS, path)
 
 
@@ -276,10 +245,9 @@ def prepare(c: PrepareConfig) -> dict[str, dict]:
         return summarize(directories, manifests)
     with alone(directories, WAIT_SECONDS if c.pieces else LOCK_SECONDS):
         plan, pieces = begin(c, directories, recipe, files)
-        name = digest(json.dumps(plan, sort_keys=True).encode()).hex()
         if not c.pieces:
-            return summarize(directories, finish(c, directories, plan, make_all(c, pieces, name)))
-    make_all(c, pieces, name)
+            return summarize(directories, finish(c, directories, plan, make_all(c, pieces, plan)))
+    make_all(c, pieces, plan)  # side by side with the other parts
     print(f"made part {c.pieces} of {len(pieces)} pieces; when all are made, run the same command without --pieces")
     return {}
 
@@ -340,17 +308,13 @@ def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
 
 def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
     """The shards of the demo corpus and their manifests. parts: texts by split."""
-    refuse_foreign(directories)
-    remove(directories, lambda name: True)
-    facts = {}
+    plan, facts = {"tokenizer": described(tokenizer), "source": source, "commit": platform.python_version()}, {}
+    write_plan(directories, plan, tokenizer)
     for split, folder in directories.items():
-        (folder / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(folder / "tokenizer")
         output = Split(folder, tokenizer, c.shard_tokens, f"fineweb_{split}")
         for text in map(replace_surrogates, parts[split]):
             output.add(Document(None, split, text, len(text.encode())), tokenizer.encode_arrays([text])[0])
         facts[split] = output.close()
-    plan = {"tokenizer": described(tokenizer), "source": source, "commit": platform.python_version()}
     kept = [facts | {"skipped": {}, "last_parts": False}]
     return finish(c, directories, plan | {"arguments": {}}, kept, picture=False)
 
@@ -361,15 +325,7 @@ def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
 def main(argv=None):
     examples = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
     c = PrepareConfig(**read_flags(PrepareConfig, argv, "Tokenize text into shards to train on.", examples))
-    instead = [name for name in ("demo", "token_shards") if getattr(c, name)]
-    if instead:
-        others = [
-            f"--{f.name}"
-            for f in fields(c)
-            if f.name not in ("out_dir", instead[0]) and getattr(c, f.name) != f.default
-        ]
-        if others:
-            raise UserError(f"{', '.join(others)}: not together with --{instead[0]}")
+    if c.demo or c.token_shards:
         refuse(problems(c))
     if c.demo:
         prepare_demo(DEMO_DIR if c.out_dir == OUT_DIR else c.out_dir)

@@ -1,7 +1,7 @@
-"""The two folders of a preparation: what is there already, whether it is of the same recipe, and who writes there.
+"""The two folders of a preparation: what is there already, whether its recipe is the same, and who writes there.
 
-An unfinished one has pieces/plan.json, which holds the recipe: source, flags and tokenizer. A finished one has a
-manifest.json in each folder, which holds it too. So another recipe is refused before anything is written.
+The recipe is the source, the flags and the tokenizer. An unfinished preparation has it in pieces/plan.json, a finished
+one in the manifest.json of each folder. So another recipe is refused before anything is written.
 """
 
 import os
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from data_processing_fineweb import MANIFEST, find_shards
 from support.cli import UserError
-from support.files import locked
+from support.files import locked, read_json, write_json
+from tokenizer import load_tokenizer
 
-PLAN, PICTURE, ANEW = "plan.json", "document_lengths.png", "begin anew with --restart"
+PLAN, PICTURE, ANEW = "pieces/plan.json", "document_lengths.png", "begin anew with --restart"
 OURS = re.compile(  # what this script writes into its two folders
     rf"fineweb_(train|val)_\d{{6,}}(_\d{{6,}})?\.npy|{MANIFEST}|{PICTURE}|pieces/(\d{{6,}}|plan)\.json"
     r"|tokenizer/tokenizer(_config)?\.json|(pieces/|tokenizer/)?\..+\.(tmp|unfinished)"
@@ -64,9 +65,36 @@ def refuse_damaged(path, manifest):
         raise UserError(f"{path}: its counts of documents and tokens are damaged; delete that folder, start again")
 
 
+def plan_of(directories, recipe) -> dict | None:
+    """The plan that an unfinished preparation of this recipe left; None if there is nothing to go on with. UserError
+    if it was begun with another recipe, or its tokenizer was changed since."""
+    path, kept = directories["train"] / PLAN, directories["train"] / "tokenizer"
+    if not path.exists():
+        return None
+    plan = read_json(path)
+    if any(path.parent.glob("[0-9]*.json")):
+        refuse_other(directories["train"], "was begun otherwise", plan, recipe)
+    elif any(differences({key: plan.get(key) for key in recipe}, recipe)):
+        return None  # and no piece is made yet that could be lost
+    if any(differences(plan.get("tokenizer"), described(load_tokenizer(kept)))):
+        raise UserError(f"{kept}: changed since this preparation began; {ANEW}")
+    return plan
+
+
+def write_plan(directories, plan, tokenizer):
+    """Empties the folders, saves the tokenizer in both, and last the plan."""
+    remove(directories, lambda name: True)
+    for directory in directories.values():
+        (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
+        tokenizer.save(directory / "tokenizer")
+    path = directories["train"] / PLAN
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, plan)
+
+
 @contextmanager
 def alone(directories, seconds=0):
-    """In it, this process alone writes there. UserError if another does, or something else is there."""
+    """In it, this process alone writes there. UserError if another does, or files of others are there."""
     for directory in directories.values():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: a file; name another --out_dir")
@@ -75,6 +103,7 @@ def alone(directories, seconds=0):
     fd = os.open(directories["train"], os.O_RDONLY)
     try:
         with locked(fd, lambda: f"{directories['train']}: another process is preparing it", seconds):
+            refuse_foreign(directories)
             yield
     finally:
         os.close(fd)
@@ -95,14 +124,10 @@ def refuse_foreign(directories):
 
 
 def remove(directories, which):
-    """Removes the files of ours whose names `which` accepts; what vouches for others first."""
+    """Removes the files of ours whose names `which` accepts; manifests and facts before the shards that they count."""
     found = [(path, name) for path, name in files_in(directories).items() if OURS.fullmatch(name) and which(name)]
     for path, _ in sorted(found, key=lambda pair: (pair[1] != MANIFEST, not pair[1].startswith("pieces/"))):
         path.unlink()
-
-
-def is_hidden(name):
-    return Path(name).name.startswith(".")
 
 
 def forget_pieces(directories):

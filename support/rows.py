@@ -1,7 +1,7 @@
-"""Rows of text from files on this machine or on the Hugging Face hub. `datasets` opens, decompresses and retries.
+"""Rows of text from files on this machine or on the Hugging Face hub.
 
-A row is a dict with text, and score and language where they are wanted. A mistake in a file is one line that names
-the file.
+`datasets` reads tables, `fsspec` opens and decompresses text and JSON; both repeat what fails on the network. A row is
+a dict with text, and with score and language where they are wanted. A mistake in a file is one line that names it.
 """
 
 import errno
@@ -20,6 +20,7 @@ from support.files import natural
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
            ".arrow": "arrow", ".txt": "text"}  # fmt: skip
 COMPRESSED = (".gz", ".zst")
+SPLIT_CHARS = 2**24  # of a text file, searched for --split_on at once
 
 
 class File(NamedTuple):
@@ -41,7 +42,7 @@ class Wanted(NamedTuple):
 
 
 def format_of(path) -> str | None:
-    """The name of the loader in `datasets`; "json" is read by us from lines of text."""
+    """Which of READERS reads it; for tables also the name of the loader in `datasets`."""
     path = path.lower()
     ending = Path(next((path.removesuffix(e) for e in COMPRESSED if path.endswith(e)), path)).suffix
     return FORMATS.get(ending)
@@ -121,34 +122,23 @@ def identity(files) -> dict:
 # What is in them.
 
 
-def opened(kind, paths, **how):
-    """The streaming dataset of these files."""
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is raised as well
-    names = [path if path.startswith("hf://") else glob.escape(os.path.abspath(path)) for path in paths]
-    return datasets.load_dataset(kind, data_files=names, split="train", streaming=True, **how)
-
-
 def rows_of(paths, wanted, part=0, parts=1):
     """(where it is, row) for each row of the files, in their order; of a parquet file only its row groups of part
     `part` of `parts` equal ones. UserError names the file."""
-    for kind, group in itertools.groupby(paths, format_of):
-        whole = kind == "text" and not wanted.split_on
-        for path, rows in text_files([*group]) if whole else zip(group, itertools.repeat(None)):
-            number = 0
-            try:
-                for number, row in enumerate(rows or READERS[kind](path, wanted, part, parts), 1):
-                    yield f"{path}, row {number}", row
-            except UserError as error:
-                raise UserError(f"{path}, row {number + 1}: {error}") from error
-            except Exception as error:  # each library has errors of its own
-                why = f"{type(error).__name__}: {one_line(error)}"
-                raise UserError(f"{path}: cannot be read after row {number:,} ({why})") from error
+    for path in paths:
+        number = 0
+        try:
+            for number, row in enumerate(READERS[format_of(path)](path, wanted, part, parts), 1):
+                yield f"{path}, row {number}", row
+        except UserError as error:
+            raise UserError(f"{path}, row {number + 1}: {error}") from error
+        except Exception as error:  # each library has errors of its own
+            why = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{path}: cannot be read after row {number:,} ({why})") from error
 
 
 def columns_of(there, wanted) -> dict:
-    """Which column serves as text, score and language, where they are needed. UserError."""
+    """Which column serves as text, score and language, where they are wanted. UserError if one is missing."""
     names_of = {"text": (wanted.text_column,)}
     names_of |= {"score": ("score", "int_score")} if wanted.score else {}
     names_of |= {"language": ("language",)} if wanted.language else {}
@@ -160,12 +150,15 @@ def columns_of(there, wanted) -> dict:
     return found
 
 
-def read_columns(path, wanted, part, parts):
+def read_table(path, wanted, part, parts):
     """Rows of parquet, arrow and csv."""
-    kind = format_of(path)
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is raised as well
+    kind, name = format_of(path), path if "://" in path else glob.escape(os.path.abspath(path))
     as_text = dict.fromkeys((wanted.text_column, "score", "int_score", "language"), str)  # "007" stays "007"
-    how = {"parquet": {"batch_size": 256}, "csv": {"converters": as_text, "na_filter": False}}
-    dataset = opened(kind, [path], **how.get(kind, {}))
+    how = {"parquet": {"batch_size": 256}, "csv": {"converters": as_text, "na_filter": False}}.get(kind, {})
+    dataset = datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **how)
     there = dataset.features or next(iter(dataset.take(1)), {})
     if not there:
         return
@@ -178,42 +171,47 @@ def read_columns(path, wanted, part, parts):
                 yield dict(zip(columns, values))
 
 
-def read_json_lines(path, wanted, part, parts):
-    """JSON lines, or a file that is one object or one list of them. json.loads takes a text as it is, where the
-    readers of tables guess that one is a date or a number."""
-    batches = opened("text", [path], sample_by="line", encoding="utf-8-sig").iter(1000)
-    lines = (line for batch in batches for line in batch["text"])
-    first = next(lines, "")
-    try:
-        rows = itertools.chain([first], lines) if isinstance(json.loads(first), dict) else None
-    except ValueError:
-        rows = None
-    if rows is None and first.strip()[:1] in ("[", "{"):
-        whole = json.loads("\n".join([first, *lines]))
-        rows = map(json.dumps, whole if isinstance(whole, list) else [whole])
-    for line in rows or itertools.chain([first], lines):
-        if line and not line.isspace():
-            row = json.loads(line)
+def opened(path):
+    """A file of UTF-8 text, decompressed, with or without a byte order mark."""
+    import fsspec
+    from huggingface_hub import HfFileSystem
+
+    system, path = (HfFileSystem(), path) if "://" in path else (fsspec.filesystem("file"), os.path.abspath(path))
+    return system.open(path, "rt", compression="infer", encoding="utf-8-sig")
+
+
+def read_json(path, wanted, part, parts):
+    """Rows of JSON lines, or of a file that is one object or one list of them. json.loads takes a text as it is,
+    where the readers of tables guess that one is a date or a number."""
+    with opened(path) as file:
+        for row in json_values(file):
             if not isinstance(row, dict):
                 raise UserError(f"a JSON {type(row).__name__}, expected an object")
             columns = columns_of({"int_score": None, "language": None} | row, wanted)  # these may be left out
             yield {key: row.get(name) for key, name in columns.items()}
 
 
-def read_parts_of_text(path, wanted, part, parts):
-    """The documents of a long text file with a marker between them, in flat memory."""
-    rest = ""
-    for batch in opened("text", [path], sample_by="line", keep_linebreaks=True, encoding="utf-8-sig").iter(10_000):
-        *parts, rest = (rest + "".join(batch["text"])).split(wanted.split_on)
-        yield from ({"text": part} for part in parts)
-    yield {"text": rest}
+def json_values(file):
+    first = next(file, "")
+    try:
+        by_line = isinstance(json.loads(first), dict)
+    except ValueError:
+        by_line = False
+    if by_line or first.strip()[:1] not in ("[", "{"):
+        yield from (json.loads(line) for line in itertools.chain([first], file) if line and not line.isspace())
+    else:
+        whole = json.loads("".join([first, *file]))
+        yield from whole if isinstance(whole, list) else [whole]
 
 
-READERS = {"parquet": read_columns, "arrow": read_columns, "csv": read_columns, "json": read_json_lines,
-           "text": read_parts_of_text}  # fmt: skip
+def read_text(path, wanted, part, parts):
+    """A text file: one document, or several with a marker between them, read in flat memory."""
+    with opened(path) as file:
+        rest = ""
+        while wanted.split_on and (chunk := file.read(SPLIT_CHARS)):
+            *whole, rest = (rest + chunk).split(wanted.split_on)
+            yield from ({"text": text} for text in whole)
+        yield {"text": rest + file.read()}
 
 
-def text_files(paths):
-    """(path, its rows) for text files that are one document each, opened together: there may be many."""
-    rows = iter(opened("text", paths, sample_by="document", encoding="utf-8-sig"))
-    return ((path, itertools.islice(rows, 1)) for path in paths)
+READERS = {"parquet": read_table, "arrow": read_table, "csv": read_table, "json": read_json, "text": read_text}

@@ -6,7 +6,7 @@ import signal
 import socket
 import tempfile
 import threading
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,30 +14,18 @@ from pathlib import Path
 from support.cli import ROOT, UserError, one_line
 
 LOST = BrokenProcessPool  # what a future raises when a process of this machine died
-stopping = None  # in a worker process: the event that says that nobody waits for its result any more
-
-
-class ThisProcess(Executor):
-    """Calls each function when it is submitted."""
-
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
+stopping = None  # the event that says that nobody waits for a function's result any more
 
 
 @contextmanager
-def open_workers(engine="local", n=1, start_method="spawn", ray_address=None, code=()):
-    """(executor, how many functions it runs at once). `code`: patterns of the files of this repository that a
-    Ray worker needs."""
+def open_workers(engine="local", n=1, start_method="spawn", ray_address=None):
+    """(executor, how many functions it runs at once)."""
     if engine == "ray":
-        with ray_cluster(ray_address, code) as (executor, n):
-            yield executor, n
-    elif n == 1:
-        yield ThisProcess(), 1
+        with ray_cluster(ray_address) as found:
+            yield found
     else:
-        with processes(n, start_method) as executor:
-            yield executor, n
+        with on_this_machine(n, start_method) as pool:
+            yield pool, n
 
 
 def stopped() -> bool:
@@ -46,21 +34,27 @@ def stopped() -> bool:
 
 
 # ---------------------------------------------------------------------------------------
-# Processes of this machine.
+# This machine: a thread, from which the caller's stays free to show progress, or processes.
 
 
 @contextmanager
-def processes(n, start_method):
-    """Spawned unless asked otherwise: libraries may have started threads, and a fork beside threads can deadlock.
-    Not multiprocessing.Pool, which waits for ever for a worker that was killed."""
-    context = multiprocessing.get_context(start_method)
-    stop = context.Event()
-    pool = ProcessPoolExecutor(n, context, begin_worker, (stop,))
+def on_this_machine(n, start_method):
+    """Processes are spawned unless asked otherwise: libraries may have started threads, and a fork beside threads can
+    deadlock. Not multiprocessing.Pool, which waits for ever for a worker that was killed."""
+    global stopping
+    if n == 1:
+        stopping = stop = threading.Event()
+        pool = ThreadPoolExecutor(1)
+    else:
+        context = multiprocessing.get_context(start_method)
+        stop = context.Event()
+        pool = ProcessPoolExecutor(n, context, begin_worker, (stop,))
     try:
         yield pool
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+        stopping = None
 
 
 def begin_worker(stop):
@@ -87,15 +81,17 @@ def one_thread():
 
 
 @contextmanager
-def ray_cluster(address, code):
-    """The cluster at `address`, or the one that RAY_ADDRESS names, or else one on this machine alone."""
+def ray_cluster(address):
+    """The cluster at `address`, or the one that RAY_ADDRESS names, or else one on this machine alone.
+
+    Its workers get a copy of the repository's Python files, without data and checkpoints."""
     try:
         import ray
     except ImportError as error:
         raise UserError(f"--engine ray needs Ray ({error}); pip install ray, the version of the cluster") from error
     refuse_silence(address)
     with tempfile.TemporaryDirectory() as folder:
-        for path in (path for pattern in code for path in ROOT.glob(pattern)):
+        for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")):
             copy = Path(folder, path.relative_to(ROOT))
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())

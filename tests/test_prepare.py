@@ -364,7 +364,7 @@ def test_null_text_in_parquet_is_skipped(here, vocabulary, byte_tokenizer):
         ("a.jsonl", b"[1]\n", ["row 1", "a JSON int"]),
         ("a.jsonl", b'{"text": "\xff"}\n', ["a.jsonl", "cannot be read"]),
         ("a.jsonl", b"<html>", ["a.jsonl", "cannot be read"]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-9], ["a.jsonl.gz", "cannot be read"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-9], ["a.jsonl.gz", "cannot be read"]),
         ("a.parquet", b"PAR1 but no more", ["a.parquet", "cannot be read"]),
         ("a.arrow", b"x" * 99, ["a.arrow", "cannot be read"]),
         ("a.csv", b"id,body\n1,x\n", ["a.csv", "text", "id, body"]),

@@ -10,11 +10,13 @@ Shapes: C = n_embd channels, H heads, D = C/H channels per head.
 
 import copy
 import dataclasses
+import importlib.util
 import json
-import math
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +34,8 @@ from support.tracking import read_rows
 from tokenizer import FILE as TOKENIZER
 from tokenizer import load_tokenizer
 
+ROOT = Path(__file__).resolve().parent
+READER = ROOT / "support" / "read_export.py"
 INDEX = "model.safetensors.index.json"
 ARCHITECTURES = {"layernorm": ("starcoder2", "Starcoder2ForCausalLM"), "rmsnorm": ("arcee", "ArceeForCausalLM")}
 SIZES = {  # of config.json, and ours
@@ -45,7 +49,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 LARGEST_SIZE = 2**24  # of any of SIZES; a hostile config.json stops here
 GPT2 = "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"  # fingerprint of GPT-2's vocabulary
 TOLERANCE = 1e-4  # of logits, between two ways to order the same float32 sums
-GREEDY_TOKENS = 50
+GREEDY_TOKENS = 32  # that transformers generates with its own cache
 STRINGS = (
     "The quick brown fox jumps over 13 lazy dogs.",
     "  Two spaces,\n\n\ta tab, and it's what they've said: 'we'll see'. ",
@@ -139,11 +143,11 @@ def hf_config(c: GPTConfig) -> dict:
 
 
 def export(path, out_dir, dtype="float32") -> dict:
-    """Writes the checkpoint directory `path` as the new folder `out_dir`; returns what was measured.
+    """Writes a run's newest checkpoint, or the one named, as the new folder `out_dir`; returns what was measured.
 
     The folder appears whole and verified, by one rename, or not at all. Raises UserError.
     """
-    out_dir = Path(out_dir)
+    path, out_dir = checkpoint.find_checkpoint(path), Path(out_dir)
     refuse_existing(out_dir)
     model, tokenizer = checkpoint.load_model(path)
     stored = rounded_to(model, dtype)
@@ -153,7 +157,7 @@ def export(path, out_dir, dtype="float32") -> dict:
         temporary.mkdir(parents=True)
         write_folder(temporary, stored, tokenizer, dtype)
         measured = compare_with_transformers(temporary, model, stored, tokenizer)
-        write_whole(temporary / "README.md", card(Path(path), model, tokenizer, dtype, measured).encode())
+        write_whole(temporary / "README.md", card(path, model, tokenizer, dtype, measured).encode())
         sync_directory(temporary)
         os.rename(temporary, out_dir)
         sync_directory(out_dir.parent)
@@ -203,81 +207,87 @@ def write_folder(folder, model, tokenizer, dtype):
     checkpoint.write_tensors(folder / MODEL, tensors, {"format": "pt"})  # transformers 4 asks for it
 
 
-def transformers():
-    """The library, without its progress bars and advice; UserError where it is not installed."""
-    try:
-        import transformers as library
-    except ImportError as error:
-        raise UserError("export and import need transformers: pip install 'transformers>=5.23'") from error
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    return library
-
-
-@torch.inference_mode()
 def compare_with_transformers(folder, model, stored, tokenizer) -> dict:
-    """Loads a folder with transformers and compares: tensors by name, logits, greedy tokens, ids of text.
+    """Compares what transformers makes of a folder with the model: tensors by name, ids of text, logits, greedy tokens.
 
     `stored` is our model with the weights that were written, `model` the one before they were rounded.
     Returns {"logits": largest difference to `stored`, "rounding": from `model` to `stored`, "bound"}.
     UserError names what differs, and by how much.
     """
-    library = transformers()
-    try:
-        theirs, info = library.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True
-        )
-        their_tokenizer = library.AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # whatever the library objects to
-        raise UserError(f"the export is refused by transformers ({type(error).__name__}: {error})") from error
-    wrong = [f"{name} ({kind})" for kind, names in info.items() for name in names]
-    if wrong:
-        raise UserError(f"transformers did not take over the tensors as they are: {', '.join(sorted(wrong))}")
-    compare_ids(tokenizer, their_tokenizer)
-    measured = compare_logits(theirs.eval(), model, stored)
-    compare_greedy(theirs, stored, tokenizer.eot_token, measured["bound"])
+    c, logits = model.config, folder / "logits.safetensors"
+    ids = torch.randint(c.valid_vocab_size, (1, c.block_size), generator=torch.Generator().manual_seed(0))
+    answers = ask_transformers(
+        folder=str(folder.resolve()),
+        ids=ids[0].tolist(),
+        start=tokenizer.eot_token,
+        new_tokens=max(1, min(GREEDY_TOKENS, c.block_size - 1)),
+        texts=STRINGS,
+        logits=str(logits.resolve()),
+    )
+    if "error" in answers:
+        raise UserError(f"the export is refused by transformers ({answers['error']})")
+    if answers["loading"]:
+        raise UserError(f"transformers did not take over the tensors as they are: {', '.join(answers['loading'])}")
+    compare_ids(tokenizer, answers)
+    with checkpoint.opened(logits) as f:
+        theirs = f.get_tensor("logits")
+    logits.unlink()
+    with torch.inference_mode():
+        measured = compare_logits(theirs, model, stored, ids)
+        compare_greedy(torch.tensor([answers["greedy"]]), stored, measured["bound"])
     return measured
 
 
-def compare_ids(tokenizer, theirs):
+def ask_transformers(**questions) -> dict:
+    """The answers of support/read_export.py, from a new process that finds nothing of this repository."""
+    if importlib.util.find_spec("transformers") is None:
+        raise UserError("the export is checked with transformers: pip install 'transformers>=5.23'")
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and Path(p).resolve() != ROOT]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    command, how = [sys.executable, "-P", str(READER)], {"capture_output": True, "text": True, "encoding": "utf-8"}
+    done = subprocess.run(command, input=json.dumps(questions), env=environment, cwd=questions["folder"], **how)
+    if done.returncode:
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise UserError(f"the process that checks the export with transformers failed ({said})")
+    return json.loads(done.stdout)
+
+
+def compare_ids(tokenizer, answers):
     """UserError where a text becomes other ids, or ids another text."""
-    for text in STRINGS:
-        ids = tokenizer.encode(text)
-        if theirs(text)["input_ids"] != ids or theirs.decode(ids) != tokenizer.decode(ids):
-            raise UserError(f"the export's tokenizer gives {theirs(text)['input_ids']} for {text!r}, ours {ids}")
-    if theirs.eos_token_id != tokenizer.eot_token:
-        raise UserError(f"the export ends text with id {theirs.eos_token_id}, ours with {tokenizer.eot_token}")
+    for text, ids, decoded in zip(STRINGS, answers["ids"], answers["decoded"]):
+        ours = tokenizer.encode(text)
+        if ids != ours or decoded != tokenizer.decode(ours):
+            raise UserError(f"the export's tokenizer gives {ids} for {text!r}, ours {ours}")
+    if answers["eos"] != tokenizer.eot_token:
+        raise UserError(f"the export ends text with id {answers['eos']}, ours with {tokenizer.eot_token}")
 
 
-def compare_logits(theirs, model, stored) -> dict:
-    """Over the whole context, on random ids, a row at a time because 1,024 x 50,257 logits are 200 MB."""
-    c = model.config
-    rows = torch.randint(c.valid_vocab_size, (2, 1, c.block_size), generator=torch.Generator().manual_seed(0))
-    worst, rounding, largest = 0.0, 0.0, 0.0
-    for idx in rows:
-        a, b = stored(idx), theirs(idx).logits
-        if a.shape != b.shape:
-            raise UserError(f"the export has logits for {b.size(-1)} ids, the checkpoint for {a.size(-1)}")
-        difference = (a - b).abs().max().item()
-        worst = difference if math.isnan(difference) else max(worst, difference)
-        rounding = max(rounding, (a - model(idx)).abs().max().item())
-        largest = max(largest, a.abs().max().item())
-    bound = TOLERANCE * max(1, largest / 10)  # float32 keeps 7 digits, so large logits differ more
-    if not worst <= bound:
+def compare_logits(theirs, model, stored, ids) -> dict:
+    """Their logits (1, T, V) beside those of our models, over the whole context."""
+    ours = stored(ids)
+    if ours.shape != theirs.shape:
+        raise UserError(f"the export has logits for {theirs.size(-1)} ids, the checkpoint for {ours.size(-1)}")
+    worst = (ours - theirs).abs().max().item()
+    rounding = (ours - model(ids)).abs().max().item()
+    bound = TOLERANCE * max(1, ours.abs().max().item() / 10)  # float32 keeps 7 digits, so large logits differ more
+    if not worst <= bound:  # NaN neither
         raise UserError(f"the export's logits differ from the checkpoint's by up to {worst:.3g}, allowed {bound:.1g}")
     return {"logits": worst, "rounding": rounding, "bound": bound}
 
 
-def compare_greedy(theirs, model, eot_token, bound):
-    """UserError unless each of their greedy tokens is our best one too, or as good as it within `bound`."""
-    prompt = torch.tensor([[eot_token]])
-    n = max(1, min(GREEDY_TOKENS, model.config.block_size - 1))
-    ids = theirs.generate(prompt, attention_mask=prompt.new_ones(1, 1), do_sample=False, max_new_tokens=n)
+def compare_greedy(ids, model, bound):
+    """UserError unless each of their greedy `ids` (1, n) is our best one too, or as good as it within `bound`."""
     logits = model(ids[:, :-1])
     short = logits.amax(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
     if short.max() > 2 * bound:
         first = int((short > 2 * bound).int().argmax())
         raise UserError(f"greedy token {first} of the export is not the checkpoint's: worse by {short.max():.3g}")
+
+
+def lm_eval_command(folder) -> str:
+    """The command by which lm-evaluation-harness scores an exported folder."""
+    model = shlex.quote(f"pretrained={folder},dtype=float32")
+    return f"lm_eval run --model hf --model_args {model} --tasks hellaswag"
 
 
 # ---------------------------------------------------------------------------------------
@@ -301,7 +311,9 @@ def card(path, model, tokenizer, dtype, measured) -> str:
     table = {
         "checkpoint": f"{run_dir.name}, step {step}",
         "parameters": f"{count:,} ({sizes}, {c.valid_vocab_size:,} token ids)",
-        "training tokens": next((f"{row['tokens']:,}" for row in rows.values() if "tokens" in row), "not measured"),
+        "tokens seen in training": next(
+            (f"{row['tokens']:,}" for row in rows.values() if "tokens" in row), "not measured"
+        ),
         **results(rows),
         **training(read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}),
         "export against checkpoint": differs,
@@ -340,11 +352,17 @@ def training(facts) -> dict:
     config, versions = facts.get("config", {}), facts.get("versions", {})
     names = ("preset", "max_steps", "total_batch_tokens", "lr", "min_lr", "weight_decay", "dropout", "seed")
     settings = ", ".join(f"{name} {config[name]}" for name in names if config.get(name) is not None)
-    return {
-        "training data": f"`{Path(config['data_dir']).name}`" if config.get("data_dir") else "not recorded",
-        "settings": settings or "not recorded",
-        "trained on": f"{versions['device_name']}, torch {versions['torch']}" if versions else "not recorded",
+    data = f"`{Path(config['data_dir']).name}`" if config.get("data_dir") else None
+    if data and facts.get("training_tokens"):
+        data += f", {facts['training_tokens']:,} tokens"
+    table = {
+        "training data": data,
+        "optimizer": config.get("optimizer"),
+        "settings": settings,
+        "dtype of products in training": facts.get("dtype"),
+        "trained on": f"{versions['device_name']}, torch {versions['torch']}" if versions else None,
     }
+    return {name: value or "not recorded" for name, value in table.items()}
 
 
 CARD = """---
@@ -411,6 +429,15 @@ def import_folder(folder, out_dir) -> Path:
     state = {"step": 0, "samples_seen": 0, "seconds": 0.0, "identity": identity, "config": {}, "scaler": None}
     tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
     return checkpoint.save(out_dir, 0, config, tensors, state, tokenizer)
+
+
+def transformers():
+    """The library, without its progress bars and advice."""
+    import transformers as library
+
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    return library
 
 
 def read_config(folder) -> GPTConfig:
@@ -560,7 +587,8 @@ def main(argv=None):
     measured = export(path, out_dir, args.dtype or "float32")
     if checkpoint.read_config(path / checkpoint.CONFIG).norm == "rmsnorm":
         print(f"note: {' '.join(ARCEE_NOTE.split())}", file=sys.stderr)
-    print(f"{out_dir}: verified with transformers, logits differ by at most {measured['logits']:.1e}")
+    print(f"{out_dir}: verified with transformers alone, logits differ by at most {measured['logits']:.1e}")
+    print(f"next: {lm_eval_command(out_dir)}")
     if args.push_to_hub:
         print(push(out_dir, args.push_to_hub))
 

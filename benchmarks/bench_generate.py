@@ -41,7 +41,7 @@ def hugging_face(model, dtype):
     """The same model in transformers; None where it is not installed."""
     try:
         library = export_hf.transformers()
-    except UserError:
+    except ImportError:
         return None
     values, state = export_hf.hf_config(model.config), export_hf.to_hf(model.state_dict(), model.config)
     config = library.AutoConfig.for_model(values.pop("model_type"), **values)

@@ -22,6 +22,7 @@ import checkpoint
 import export_hf
 import inference
 from model import GPT, GPTConfig
+from support import read_export
 from support.cli import UserError
 from tokenizer import TextTokenizer, load_tokenizer
 from toy import spread
@@ -44,6 +45,25 @@ def tokenizer(byte_tokenizer):
     backend = Tokenizer.from_str(byte_tokenizer.backend.to_str())
     backend.add_special_tokens(["<|a|>", "<|b|>", "<|c|>"])
     return TextTokenizer(backend, "byte")
+
+
+@pytest.fixture(autouse=True)
+def same_process(request, monkeypatch):
+    """Speed: transformers is asked in this process, but not in slow tests and in those of the process itself."""
+
+    def ask(**questions):
+        try:
+            return json.loads(json.dumps(read_export.answer(**questions)))
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    if not request.node.get_closest_marker("slow") and "fresh_process" not in request.fixturenames:
+        monkeypatch.setattr(export_hf, "ask_transformers", ask)
+
+
+@pytest.fixture
+def fresh_process():
+    """For tests in which transformers is asked as it is for a user."""
 
 
 def save(run_dir, model, tokenizer, step=7):
@@ -232,6 +252,42 @@ def test_what_a_killed_export_left_is_cleaned(saved, tmp_path):
 def test_files_follow_the_umask(exported):
     """safetensors alone writes 0600, which nobody else on the machine can load."""
     assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
+
+
+# ---------------------------------------------------------------------------------------
+# The process that has transformers and nothing of this repository.
+
+
+def test_a_process_without_our_code_checks_the_export(saved, tmp_path, fresh_process, monkeypatch):
+    """Bugs: an export that is right only beside this code; one that this process refuses and that is kept."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]))
+    assert export_hf.export(saved.parent, tmp_path / "hf")["logits"] < 1e-4  # a run, and not its checkpoint
+    spoiled = change_tensors(swapped)
+    monkeypatch.setattr(export_hf, "to_hf", spoiled)
+    with pytest.raises(UserError, match="logits differ"):
+        export_hf.export(saved, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_nothing_of_ours_can_be_imported_there(tmp_path, fresh_process, monkeypatch):
+    """Bug: `import model` works for whoever starts Python in the checkout, and nowhere else."""
+    names = sorted(path.stem for path in ROOT.glob("*.py"))
+    script = "import importlib.util as u, json; print(json.dumps([n for n in NAMES if u.find_spec(n)]))"
+    (tmp_path / "names.py").write_text(script.replace("NAMES", repr([*names, "support"])))
+    monkeypatch.setattr(export_hf, "READER", tmp_path / "names.py")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(ROOT)
+    assert len(names) > 10 and export_hf.ask_transformers(folder=str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("script, message", [("exit(3)", "exit code 3"), ("1 / 0", "ZeroDivisionError")])
+def test_a_process_that_fails_is_one_line(saved, tmp_path, fresh_process, monkeypatch, script, message):
+    """A process that was killed for its memory has nothing to say."""
+    (tmp_path / "fails.py").write_text(script)
+    monkeypatch.setattr(export_hf, "READER", tmp_path / "fails.py")
+    with pytest.raises(UserError, match=f"checks the export with transformers failed .*{message}"):
+        export_hf.export(saved, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
 
 
 # ---------------------------------------------------------------------------------------
@@ -502,7 +558,8 @@ def test_the_card_carries_the_numbers_of_this_step(saved, tmp_path):
     rows[1] |= {"examples": 10042, "harness_acc_norm": 0.3012, "harness_acc_norm_stderr": 0.0046}
     lines = "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st'
     (saved.parent / "metrics.jsonl").write_text(lines)
-    facts = {"config": {"lr": 0.0006, "data_dir": "/home/somebody/edu_fineweb10B"}}
+    facts = {"config": {"lr": 0.0006, "data_dir": "/home/somebody/edu_fineweb10B", "optimizer": "muon"}}
+    facts |= {"dtype": "bfloat16", "training_tokens": 9_953_989_344}
     (saved.parent / "run.json").write_text(json.dumps(facts))
     export_hf.export(saved, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -517,7 +574,8 @@ def test_the_card_carries_the_numbers_of_this_step(saved, tmp_path):
         "10,042",
         "lr 0.0006",
     )
-    assert not [text for text in (*expected, "`edu_fineweb10B`", "Starcoder2ForCausalLM") if text not in card]
+    expected += ("`edu_fineweb10B`, 9,953,989,344 tokens", "| optimizer | muon |", "in training | bfloat16 |")
+    assert not [text for text in (*expected, "Starcoder2ForCausalLM") if text not in card]
     assert not [text for text in ("4.99", "146.94", "not measured", "somebody", "Arcee") if text in card]
     assert f"{valid_count(build()):,} (2 layers" in card
     assert "refuses one of your\nown until" in card, "llama.cpp knows GPT-2's tokenizer, not this one"
@@ -544,7 +602,8 @@ def test_the_warning_that_comes_with_rmsnorm_is_also_printed(tmp_path, tokenizer
     path = save(tmp_path / "run", build(norm="rmsnorm"), tokenizer)
     export_hf.main(["--checkpoint", str(path), "--out_dir", str(tmp_path / "hf")])
     out, err = capsys.readouterr()
-    assert "llama.cpp computes every Arcee model" in err and err.count("\n") == out.count("\n") == 1
+    assert "llama.cpp computes every Arcee model" in err and err.count("\n") == 1
+    assert [line.split()[0] for line in out.splitlines()] == [f"{tmp_path / 'hf'}:", "next:"]
 
 
 def test_both_ways_on_the_command_line(saved, tmp_path, monkeypatch, capsys):
@@ -553,7 +612,7 @@ def test_both_ways_on_the_command_line(saved, tmp_path, monkeypatch, capsys):
     (tmp_path / "checkpoints").mkdir()
     saved.parent.rename(tmp_path / "checkpoints" / "tiny")
     export_hf.main([])
-    assert "hf_tiny: verified with transformers, logits differ by at most" in capsys.readouterr().out
+    assert "hf_tiny: verified with transformers alone, logits differ by at most" in capsys.readouterr().out
     export_hf.main(["import", "hf_tiny"])
     assert capsys.readouterr().out == "checkpoints/hf_tiny/step_00000000\n"
     assert same(valid_rows(checkpoint.load_model(Path("checkpoints/hf_tiny"))[0]), valid_rows(build()))

@@ -4,6 +4,10 @@ import copy
 import hashlib
 import http.server
 import json
+import math
+import os
+import shlex
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -916,3 +920,69 @@ def test_harness_gives_the_same_for_an_exported_model(tmp_path, test_data, tally
     ties = assert_same_as_harness(scores, *harness_scores(tmp_path / "hf", examples, tmp_path))
     assert len(examples) > 1000 and ties <= 0.01 * len(examples)
     tally("examples scored as lm-evaluation-harness does", len(examples))
+
+
+PAGES_TASK = """
+task: pages
+dataset_path: json
+dataset_kwargs: {data_files: {test: PATH}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: bits_per_byte}]
+"""
+SCENES_TASK = """
+task: scenes
+dataset_path: json
+dataset_kwargs: {data_files: {validation: PATH}}
+output_type: multiple_choice
+validation_split: validation
+process_docs: !function scenes.process_docs
+doc_to_text: "{{query}}"
+doc_to_target: "{{label}}"
+doc_to_choice: choices
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@pytest.fixture
+def local_tasks(tmp_path):
+    """A folder of two tasks that need no network: HellaSwag's rules on a few scenes, and bits per byte of pages."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    examples, pages = make_examples(9), [{"text": f"The sea is wide, and wave {n} follows another."} for n in range(5)]
+    for name, task, rows in (("scenes", SCENES_TASK, examples), ("pages", PAGES_TASK, pages)):
+        data = write_lines(folder / f"{name}.jsonl", *rows)
+        (folder / f"{name}.yaml").write_text(task.replace("PATH", str(data)))
+    (folder / "scenes.py").write_text("from lm_eval.tasks.hellaswag.utils import process_docs\n")
+    return folder, examples, [page["text"] for page in pages]
+
+
+@pytest.mark.slow
+def test_the_printed_line_scores_the_export_as_we_score_the_checkpoint(tmp_path, model, tokenizer, local_tasks, capsys):
+    """The line that export_hf.py prints, with local tasks instead of those that have to be downloaded."""
+    pytest.importorskip("lm_eval")
+    folder, examples, pages = local_tasks
+    tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
+    path = checkpoint.save(tmp_path / "run", 1, model.config, tensors, {"step": 1}, tokenizer)
+    export_hf.main(["--checkpoint", str(path), "--out_dir", str(tmp_path / "hf")])
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert line.endswith(" --tasks hellaswag")
+    words = [*shlex.split(line.replace("--tasks hellaswag", "--tasks scenes,pages")), "--include_path", str(folder)]
+    words += ["--device", "cpu", "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = os.environ | {"PATH": path, "HF_HOME": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [file] = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(file.read_text())["results"]
+    ours = hs.evaluate(model.eval(), tokenizer, examples)
+    assert found["scenes"]["acc,none"] == pytest.approx(ours["harness_acc"])
+    assert found["scenes"]["acc_norm,none"] == pytest.approx(ours["harness_acc_norm"])
+    nats = 0
+    for text in pages:
+        ids = torch.tensor([[tokenizer.eot_token, *tokenizer.encode(text)]])
+        nats += model(ids[:, :-1], ids[:, 1:]).item()
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in pages)
+    assert found["pages"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-4)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from support.cli import UserError, flag, parse, run  # isort: split
 
 import torch
-from bench_hellaswag import timed
+from bench_parts import in_turns
 
 import export_hf
 import inference
@@ -105,7 +105,7 @@ def measure(models, speeds, prompt, batch, args) -> dict:
     for way in ways(models, prompt, batch, 4).values():  # warms up
         way()
     probe = {name: function for name, (function, _) in speeds.items()}
-    seconds = timed(ways(models, prompt, batch, args.new_tokens) | probe, args.repeats)
+    seconds = in_turns(ways(models, prompt, batch, args.new_tokens) | probe, args.repeats)
     parts = zip(*(seconds.pop(name) for name in ("first", "middle", "last")))
     seconds["uncached"] = [args.new_tokens * (first + 4 * middle + last) / 6 for first, middle, last in parts]
     work = {name: size for name, (_, size) in speeds.items()}

@@ -136,10 +136,10 @@ part_b() {
     part train 100 "$python" benchmarks/bench_train.py --batch_size 16 "${step[@]}" "${peers[@]}"
     part loss 60 "$python" benchmarks/bench_train.py --loss --batch_size 16 "${step[@]}"
     part generate 60 "$python" benchmarks/bench_generate.py --new_tokens 256 --device "$device" "${tiny[@]}"
-    part save 40 "$python" benchmarks/bench_save.py --repeats 3 --device "$device" "${tiny[@]}"
+    part save 40 "$python" benchmarks/bench_parts.py saving --repeats 3 --device "$device" "${tiny[@]}"
     part train_32 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours "${step[@]}"
     part checkpointed 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours --grad_checkpoint "${step[@]}"
-    part data 40 "$python" benchmarks/bench_data.py "${tiny[@]}"
+    part data 40 "$python" benchmarks/bench_parts.py data --device cpu "${tiny[@]}"
 }
 
 say "gpu.sh $which, $(date -u '+%Y-%m-%d %H:%M') UTC, commit $(git rev-parse --short HEAD 2>/dev/null)"

@@ -174,9 +174,10 @@ def test_a_wrong_flag_of_the_training_benchmark_is_one_line(flags, words, capsys
 
 
 def test_data_benchmark_shows_every_row(tmp_path, capsys):
-    import bench_data
+    import bench_parts
 
-    bench_data.main(["--tiny", "--out", str(tmp_path), "--step_tokens_per_second", "100000"])
+    flags = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--step_tokens_per_second", "100000"]
+    bench_parts.main(["data", *flags])
     out = capsys.readouterr().out
     for label in ("loader, windows read for the first time", "loader, the same windows again"):
         middle, low, high = numbers(out, label)
@@ -192,46 +193,46 @@ def test_data_benchmark_shows_every_row(tmp_path, capsys):
 
 def test_waiting_is_for_windows_that_nobody_has_read(tmp_path):
     """The pages of the first row's windows are in memory: who reads those again seems to wait for nothing."""
-    import bench_data
+    import bench_parts
 
-    args = bench_data.parse_args(["--tiny"])
-    folder, read = bench_data.make_shards(tmp_path / "shards", 2, 50_000), []
-    real = bench_data.FineWebDataset.rows
+    args = bench_parts.parse_args(["data", "--tiny", "--device", "cpu"])
+    folder, read = bench_parts.make_shards(tmp_path / "shards", 2, 50_000), []
+    real = bench_parts.FineWebDataset.rows
 
     def rows(self, windows):
         read[-1].update(int(w) for w in windows)
         return real(self, windows)
 
-    bench_data.FineWebDataset.rows = rows
+    bench_parts.FineWebDataset.rows = rows
     try:
         read.append(set())
-        bench_data.time_loader(folder, args)
+        bench_parts.time_loader(folder, args)
         read.append(set())
-        bench_data.time_waiting(folder, args, 0.01)
+        bench_parts.time_waiting(folder, args, 0.01)
     finally:
-        bench_data.FineWebDataset.rows = real
+        bench_parts.FineWebDataset.rows = real
     assert read[0] and read[1] and not read[0] & read[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_memory_row_sees_a_data_set_that_keeps_what_it_has_read(tmp_path, monkeypatch):
     """Without giving pages back, an epoch stays resident as a whole; the row must tell."""
-    import bench_data
+    import bench_parts
 
-    args = bench_data.parse_args(["--tiny"])
+    args = bench_parts.parse_args(["data", "--tiny", "--device", "cpu"])
     args.epochs, args.block_size = 2, 1024
-    folder = bench_data.make_shards(tmp_path / "shards", 1, 5_000_000)  # 10 MB
+    folder = bench_parts.make_shards(tmp_path / "shards", 1, 5_000_000)  # 10 MB
     monkeypatch.setattr(data_processing_fineweb, "RELEASE_BYTES", 2**20)
-    given_back = max(bench_data.growth(folder, args))
+    given_back = max(bench_parts.growth(folder, args))
     monkeypatch.setattr(data_processing_fineweb, "RELEASE_BYTES", 2**40)
-    kept = max(bench_data.growth(folder, args))
+    kept = max(bench_parts.growth(folder, args))
     assert kept > 6e6 and given_back < kept / 2
 
 
 def test_saving_benchmark_shows_every_row(tmp_path, capsys):
-    import bench_save
+    import bench_parts
 
-    bench_save.main(["--tiny", "--repeats", "2", "--out", str(tmp_path)])
+    bench_parts.main(["saving", "--tiny", "--device", "cpu", "--repeats", "2", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     for where in ("foreground", "background"):
         middle, low, high = numbers(out, f"training waits, saving in the {where}")
@@ -329,14 +330,14 @@ def test_gpu_sh_refuses_in_one_line(tmp_path):
 
 
 def stand_in(folder, data) -> str:
-    """An interpreter in which bench_train.py fails and bench_data.py does what `data` says."""
+    """An interpreter in which bench_train.py fails and `bench_parts.py data` does what `data` says."""
     path = folder / "python"
     path.write_text(
         "#!/bin/sh\n"
         'case "$*" in\n'
         "-c*) exit 0 ;;\n"
         "*bench_train*) echo half a table; echo the reason >&2; exit 3 ;;\n"
-        f"*bench_data*) {data} ;;\n"
+        f"*bench_parts.py?data*) {data} ;;\n"
         "*) echo all of a table ;;\n"
         "esac\n"
     )

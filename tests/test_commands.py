@@ -42,10 +42,8 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "benchmarks/write_samples.py": "--max_new_tokens 4",
     "benchmarks/bench_prepare.py": "--times 2",
     "benchmarks/bench_recipe.py": "--steps 2 --seeds 1 --recipes default fast --vocab_size 512",
-    "benchmarks/bench_save.py": "--tiny --repeats 1",
-    "benchmarks/bench_hellaswag.py": "--tiny --data hellaswag.jsonl --repeats 1 --examples 8",
+    "benchmarks/bench_parts.py": "--tiny --data hellaswag.jsonl --repeats 1 --examples 8",
     "benchmarks/bench_generate.py": "--tiny",
-    "benchmarks/bench_data.py": "--tiny",
 }
 INSTEAD = {  # of what stands for the reader's own
     " ...": "",

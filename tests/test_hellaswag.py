@@ -754,12 +754,12 @@ def test_bar_counts_complete_examples():
 def test_benchmark_runs(tmp_path, tokenizer, capsys, monkeypatch):
     """A benchmark that nobody runs for months stops running."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    import bench_hellaswag
+    import bench_parts
 
     tokenizer.save(tmp_path)
     data = write_lines(tmp_path / "some.jsonl", *make_examples())
     flags = ["--tiny", "--examples", "3", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]
-    bench_hellaswag.main([*flags, "--data", str(data), "--tokenizer", str(tmp_path)])
+    bench_parts.main(["hellaswag", *flags, "--data", str(data), "--tokenizer", str(tmp_path)])
     out = capsys.readouterr().out
     assert all(f"\n{way} " in out for way in ("plain", "completion", "both")) and "3 examples" in out
     assert float(out.split("at most ")[1].split()[0]) < 1e-3  # the three ways do the same work

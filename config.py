@@ -82,6 +82,10 @@ class TrainConfig:
         choices=("adamw", "muon"),
     )  # fmt: skip
     lr: float = flag(6e-4, "highest learning rate", at_least=0)
+    embed_lr: float | None = flag(
+        None, "of the shared embedding and output head, on the same schedule in proportion; default: --lr", at_least=0
+    )
+    vector_lr: float | None = flag(None, "of norms and biases, likewise; default: --lr", at_least=0)
     min_lr: float | None = flag(None, "learning rate at the last step; default: a tenth of --lr", at_least=0)
     warmup_frac: float = flag(0.06, "share of the steps with rising learning rate", at_least=0, below=1)
     schedule: str = flag("cosine", "learning rate after the warm-up; linear: constant, then straight to --min_lr",
@@ -153,6 +157,12 @@ class TrainConfig:
         """Learning rate at the last step: min_lr, or a tenth of lr."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
+    def lr_scale(self, own) -> float:
+        """The learning rate of a group of parameters at any step, as a multiple of the run's at that step.
+
+        own: the group's highest learning rate; None: that of the run."""
+        return 1.0 if own is None else own / self.lr
+
     @property
     def global_batch(self) -> int:
         """Sequences per optimizer step."""
@@ -179,6 +189,8 @@ def problems(c: TrainConfig, world=None) -> list[str]:
     found += [f"--{name} is {value!a}; it must be UTF-8 text" for name, value in vars(c).items() if not is_text(value)]
     if c.last_lr > c.lr:
         found.append(f"--min_lr is {c.min_lr}; it must not exceed --lr ({c.lr})")
+    if c.lr == 0 and (c.embed_lr, c.vector_lr) != (None, None):
+        found.append("--embed_lr and --vector_lr follow the schedule of --lr in proportion; --lr must be above 0")
     if c.schedule == "linear" and c.warmup_frac + c.decay_frac > 1 + 1e-9:  # 0.1 + 0.9 may exceed 1 by rounding
         found.append(f"--warmup_frac {c.warmup_frac} and --decay_frac {c.decay_frac} together exceed 1; lower one")
     if not c.eval_only:

@@ -345,16 +345,19 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.num_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def parameter_groups(self, weight_decay):
+    def parameter_groups(self, weight_decay, embed_scale=1.0, vector_scale=1.0):
         """For the optimizer: decay on matrices only; norms and biases have nothing to gain from it. The matrices of
-        the blocks stand apart, and say how many (`parts`) lie in each one below the other: muon.Muon asks for that."""
+        the blocks stand apart, and say how many (`parts`) lie in each one below the other: muon.Muon asks for that.
+
+        `lr_scale` of a group times the run's learning rate is the group's. The shared embedding has `embed_scale`,
+        norms and biases have `vector_scale`."""
         inside = [(name, p) for name, p in self.h.named_parameters() if p.dim() == 2]
         attention = [p for name, p in inside if "c_attn" in name]
         others = [p for name, p in inside if "c_attn" not in name]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         return [
-            {"params": [self.wte.weight], "weight_decay": weight_decay},
-            {"params": attention, "weight_decay": weight_decay, "parts": 3},
-            {"params": others, "weight_decay": weight_decay, "parts": 1},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [self.wte.weight], "weight_decay": weight_decay, "lr_scale": embed_scale},
+            {"params": attention, "weight_decay": weight_decay, "lr_scale": 1.0, "parts": 3},
+            {"params": others, "weight_decay": weight_decay, "lr_scale": 1.0, "parts": 1},
+            {"params": vectors, "weight_decay": 0.0, "lr_scale": vector_scale},
         ]

@@ -45,7 +45,7 @@ def orthogonalize_together(x):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except for parameter groups with a key `parts`: Muon moves those. All groups share the learning rate.
+    """AdamW, except for parameter groups with a key `parts`: Muon moves those.
 
     `parts` is the number of square or oblong matrices that each of the group's parameters holds one below the other
     (3 for queries, keys and values). A step has the root mean square 0.2 lr per entry, which is AdamW's usual one, so

@@ -145,9 +145,8 @@ def build(c: TrainConfig, rt, valid_vocab_size) -> Net:
     else:
         model = model.to(rt.device)
     kind = {"adamw": torch.optim.AdamW, "muon": Muon}[c.optimizer]
-    optimizer = kind(
-        model.parameter_groups(c.weight_decay), lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps"
-    )
+    groups = model.parameter_groups(c.weight_decay, c.lr_scale(c.embed_lr), c.lr_scale(c.vector_lr))
+    optimizer = kind(groups, lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps")
     step_model = model
     if c.compile == "on":
         runtime.refuse_to_compile(rt.device)
@@ -210,7 +209,7 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     bad = ~(norm.isfinite() & sums[0].isfinite().to(norm.device)) | (norm == 0)
     lr = lr_at(at.step, c)
     for group in net.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     runtime.update(net.optimizer, skip=bad)
     net.scaler.update()
     net.optimizer.zero_grad(set_to_none=True)

@@ -92,8 +92,8 @@ def use_linear():
 def use_whole_qkv():
     """Muon takes queries, keys and values as one matrix."""
     groups = model.GPT.parameter_groups
-    model.GPT.parameter_groups = lambda self, decay: [
-        g | {"parts": 1} if "parts" in g else g for g in groups(self, decay)
+    model.GPT.parameter_groups = lambda self, *rates: [
+        g | {"parts": 1} if "parts" in g else g for g in groups(self, *rates)
     ]
 
 

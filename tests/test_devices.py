@@ -47,6 +47,7 @@ def plain(toy):
 def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tally, optimizer):
     """Each session of a run may have another number of processes, with weights sharded or not."""
     plain = replace(plain, optimizer=optimizer, hellaswag_interval=30, hellaswag_data=scenes)
+    plain = replace(plain, embed_lr=9e-3, vector_lr=1e-3)
     one = replace(plain, run_name="one")
     train(one)
     two = replace(plain, run_name="two")

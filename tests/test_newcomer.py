@@ -117,6 +117,15 @@ def test_lr_alone_is_a_sweep():
     assert problems(TrainConfig(lr=1e-3, min_lr=1e-2)) == ["--min_lr is 0.01; it must not exceed --lr (0.001)"]
 
 
+def test_embed_lr_and_vector_lr_follow_lr(tmp_path):
+    """Bugs: a rate of its own that stands still while --lr falls; a division by zero in place of a line."""
+    c = TrainConfig(lr=2e-3, embed_lr=1e-2, vector_lr=0.0)
+    assert (c.lr_scale(c.embed_lr), c.lr_scale(c.vector_lr), c.lr_scale(None)) == (5.0, 0.0, 1.0)
+    assert PRESETS["gpt2-124m"].embed_lr is None and not problems(TrainConfig(lr=0.0))
+    [problem] = problems(TrainConfig(lr=0.0, embed_lr=1e-3))
+    assert "--embed_lr" in problem and "--lr must be above 0" in problem
+
+
 def test_paths_may_be_paths(toy):
     """Bug: a Path failed after set-up, when run.json was written."""
     paths = {k: Path(getattr(toy, k)) for k in ("data_dir", "checkpoint_dir")}

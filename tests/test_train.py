@@ -71,9 +71,11 @@ def test_linear_schedule_is_warm_up_then_constant_then_a_straight_line():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_on_the_linear_schedule_continues_to_the_same_bits(toy, optimizer):
-    """Bug: a schedule kept in an object that a restart forgets; here the rate is a function of the step."""
-    c = replace(toy, schedule="linear", decay_frac=0.5, optimizer=optimizer, run_name="whole", keep_last=9)
+def test_a_run_with_the_linear_schedule_and_rates_by_group_continues_to_the_same_bits(toy, optimizer):
+    """Bugs: a schedule kept in an object that a restart forgets; the rates of the groups taken from the checkpoint, or
+    lost there."""
+    rates = dict(schedule="linear", decay_frac=0.5, embed_lr=9e-3, vector_lr=1e-3)
+    c = replace(toy, optimizer=optimizer, run_name="whole", keep_last=9, **rates)
     train(c)
     whole = trace(c)
     assert [float.fromhex(row[3]) for row in whole] == [lr_at(step, c) for step in range(40)]
@@ -81,6 +83,11 @@ def test_a_run_on_the_linear_schedule_continues_to_the_same_bits(toy, optimizer)
         shutil.rmtree(c.run_dir / checkpoint.name_of(step))
     train(c)
     assert trace(c) == whole
+    for step in (30, 35, 40):
+        shutil.rmtree(c.run_dir / checkpoint.name_of(step))
+    train(replace(c, embed_lr=3e-2))  # may change half way, as lr may
+    changed = trace(c)
+    assert changed[:26] == whole[:26] and changed[26][1] != whole[26][1]
 
 
 def test_default_preset_is_gpt2_124m_on_ten_billion_tokens():

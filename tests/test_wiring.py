@@ -72,13 +72,15 @@ def plain_run(c, clip):
     """The first STEPS steps written with torch alone: (the model after them, losses, gradient norms)."""
     torch.manual_seed(c.seed)
     model = GPT(c.model_config(512))
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    embedding, vectors = [model.wte.weight], [p for p in model.parameters() if p.dim() < 2]
     if c.optimizer == "adamw":
-        groups = [{"params": matrices, "weight_decay": 0.7}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.8), eps=1e-8)
+        matrices = [{"params": [p for p in model.h.parameters() if p.dim() == 2], "weight_decay": 0.7}]
+        kind = torch.optim.AdamW
     else:  # whose own steps are compared with torch's in test_muon.py
-        optimizer = muon.Muon(model.parameter_groups(0.7), lr=5e-3, betas=(0.9, 0.8), eps=1e-8)
+        matrices, kind = [group for group in model.parameter_groups(0.7) if "parts" in group], muon.Muon
+    groups = [{"params": embedding, "weight_decay": 0.7}, {"params": vectors, "weight_decay": 0.0}, *matrices]
+    optimizer = kind(groups, lr=5e-3, betas=(0.9, 0.8), eps=1e-8)
+    shares = [(c.embed_lr or c.lr) / c.lr, (c.vector_lr or c.lr) / c.lr, 1.0, 1.0]
     data = FineWebDataset(c.data_dir, c.block_size, "train", 512)
     loader = FineWebDataLoader(data, 8, 8, c.seed)
     found_losses, norms = [], []
@@ -90,8 +92,8 @@ def plain_run(c, clip):
         norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
         for p in model.parameters():
             p.grad *= min(1.0, clip / (float(norm) + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, c)
+        for group, share in zip(optimizer.param_groups, shares):
+            group["lr"] = lr_at(step, c) * share
         optimizer.step()
         found_losses.append(loss.item())
         norms.append(float(norm))
@@ -99,11 +101,12 @@ def plain_run(c, clip):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("clip", [0.3, 0.0])
-def test_training_steps_are_those_of_plain_torch(toy, optimizer, clip):
-    """Bugs: --grad_clip, --beta2, --weight_decay, --optimizer or --lr read and ignored; decay on norms; a learning
-    rate that reaches one group only; the gradient divided once too often."""
-    c = replace(toy, dropout=0.0, optimizer=optimizer, max_steps=STEPS, bias=True, **OPTIMIZER | {"grad_clip": clip})
+@pytest.mark.parametrize("clip, rates", [(0.3, {}), (0.0, {}), (0.3, {"embed_lr": 2e-2, "vector_lr": 1e-3})])
+def test_training_steps_are_those_of_plain_torch(toy, optimizer, clip, rates):
+    """Bugs: --grad_clip, --beta2, --weight_decay, --optimizer, --lr, --embed_lr or --vector_lr read and ignored; decay
+    on norms; a learning rate that reaches one group only; the gradient divided once too often."""
+    changes = OPTIMIZER | rates | {"grad_clip": clip}
+    c = replace(toy, dropout=0.0, optimizer=optimizer, max_steps=STEPS, bias=True, **changes)
     train(c)
     expected, expected_losses, norms = plain_run(c, clip or math.inf)
     rows = [row for row in read_rows(c.run_dir / "metrics.jsonl") if row["kind"] == "train"]

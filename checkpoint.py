@@ -462,7 +462,7 @@ class Saver:
             return
         scaler = net.scaler.state_dict() if net.scaler.is_enabled() else None
         state = {**asdict(at), "identity": self.identity, "config": asdict(self.c), "scaler": scaler}
-        step, best = at.step, best_step(self.c.run_dir, log.metrics.vals)
+        step, best = at.step, best_step(self.c.run_dir, log.metrics.val_losses())
 
         def write():
             try:
@@ -490,9 +490,10 @@ class Saver:
         """Names the best checkpoint of the line in best.json."""
         if not self.rt.is_main:
             return
-        best = best_step(self.c.run_dir, log.metrics.vals)
+        losses = log.metrics.val_losses()
+        best = best_step(self.c.run_dir, losses)
         if best is not None:
-            point(self.c.run_dir, "best", best, loss=log.metrics.vals[best])
+            point(self.c.run_dir, "best", best, loss=losses[best])
         else:
             (self.c.run_dir / "best.json").unlink(missing_ok=True)
 

@@ -310,7 +310,7 @@ def run_all(runs, jobs, cuda, lock) -> int:
                     conclude(r, process.returncode, progress)
             steps = sum(steps_done(r) for r in runs)
             if going and steps > shown:
-                progress.update(steps, ", ".join(f"{r.arm.name} seed {r.seed}" for r, _ in going.values()))
+                progress.show(steps, ", ".join(f"{r.arm.name} seed {r.seed}" for r, _ in going.values()))
                 shown = steps
         progress.close()
         return signals.received

@@ -30,6 +30,7 @@ import hashlib
 import json
 import re
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -41,12 +42,12 @@ from support.cli import UserError, flag, one_line, parse, range_problems, run  #
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint import find_checkpoint, load_model
 from support.download import download
 from support.files import write_whole
 from support.runtime import attention_of_any_shape, autocast, memory_advice, pick
+from support.tracking import Progress
 from tokenizer import replace_surrogates
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -489,15 +490,16 @@ def load_hf(name, device) -> tuple[HFModel, HFTokenizer]:
 
 
 def running_accuracy(bar, labels):
-    """A `progress` that shows on the bar how many examples are complete, and the accuracies by sum among them."""
+    """A `progress` that shows on a support.tracking.Progress how many examples are complete, and the accuracies by
+    sum among them."""
 
     def progress(sums, done):
         complete = done.reshape(-1, len(labels), 4).all((0, 2))
         right = sums.reshape(-1, len(labels), 4).argmax(2) == labels  # (conventions, N)
         if complete.any():
-            shown = {f"{name}_acc": f"{100 * r[complete].mean():.2f}" for name, r in zip(CONVENTIONS, right)}
-            bar.set_postfix(shown, refresh=False)
-        bar.update(int(complete.sum()) - bar.n)
+            shares = zip(CONVENTIONS, right)
+            shown = ", ".join(f"{name}_acc={100 * r[complete].mean():.2f}" for name, r in shares)
+            bar.show(int(complete.sum()), shown)
 
     return progress
 
@@ -581,9 +583,8 @@ def main(argv=None):
     print(f"{name} on {device} in {dtype}", file=sys.stderr)
     options = {"packed": False, "prefix": tokenizer.prefix} if args.hf_model else {}
     labels = np.array([example["label"] for example in examples])
-    # disable=None: no bar where stderr is not a terminal
-    bar = tqdm(total=len(examples), unit=" examples", disable=None, leave=False)
-    with memory_advice("on the device; lower --batch_tokens"), autocast(device, dtype), bar:
+    bar = Progress(0, len(examples), unit="example", plain=False)
+    with closing(bar), memory_advice("on the device; lower --batch_tokens"), autocast(device, dtype):
         progress = running_accuracy(bar, labels)
         scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
     try:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from data_processing_fineweb import ShardWriter, open_shard
 from support.cli import UserError
 from support.files import read_json, write_json
 from support.rows import Wanted, format_of, rows_of
+from support.tracking import Progress
 from support.workers import LOST, open_workers, stopped
 from tokenizer import load_tokenizer, replace_surrogates
 
@@ -284,33 +284,35 @@ def tokens_left(c, pieces, facts) -> int | None:
 def make_missing(job, pieces, facts, executor, n):
     """Adds to `facts`, by number, those of the pieces that have none yet, until training has its tokens."""
     todo, flying, told = [p for p in pieces if p.number not in facts], {}, time.monotonic()
+    progress = Progress(len(facts), len(pieces), unit="piece", plain=False)
     try:
-        with tqdm(total=len(todo), unit="piece", disable=None) as bar:  # disabled where there is no terminal
-            while todo or flying:
-                while todo and len(flying) < n and (left := tokens_left(job.config, pieces, facts)) != 0:
-                    if todo[0].role == "train" and any(p.role == "val" for p in flying.values()):
-                        break  # what validates must be known before
-                    piece = todo.pop(0)
-                    flying[executor.submit(make_piece, job._replace(piece=piece, limit=left))] = piece
-                if not flying:
-                    return
-                done = wait(flying, BAR_SECONDS, FIRST_COMPLETED).done
-                for future in done:
-                    facts[flying[future].number] = made = future.result()
-                    del flying[future]
-                    if bar.disable:
-                        print(f"{len(facts)} of {len(pieces)} pieces made, the last of {counted(made)}", flush=True)
-                bar.update(len(done))
-                bar.set_postfix_str(f"{megabytes(job.config):,.0f} MB of shards so far")
-                if bar.disable and not done and time.monotonic() - told >= LINE_SECONDS:
-                    print(f"{megabytes(job.config):,.0f} MB of shards so far", flush=True)
-                    told = time.monotonic()
+        while todo or flying:
+            while todo and len(flying) < n and (left := tokens_left(job.config, pieces, facts)) != 0:
+                if todo[0].role == "train" and any(p.role == "val" for p in flying.values()):
+                    break  # what validates must be known before
+                piece = todo.pop(0)
+                flying[executor.submit(make_piece, job._replace(piece=piece, limit=left))] = piece
+            if not flying:
+                return
+            done = wait(flying, BAR_SECONDS, FIRST_COMPLETED).done
+            for future in done:
+                facts[flying[future].number] = made = future.result()
+                del flying[future]
+                if not progress.live:
+                    print(f"{len(facts)} of {len(pieces)} pieces made, the last of {counted(made)}", flush=True)
+            so_far = f"{megabytes(job.config):,.0f} MB of shards so far"
+            progress.show(len(facts), so_far)
+            if not progress.live and not done and time.monotonic() - told >= LINE_SECONDS:
+                print(so_far, flush=True)
+                told = time.monotonic()
     except LOST as error:
         lost = "; ".join(f"{p.paths[0]}, part {p.part + 1} of {p.parts}" for p in flying.values())
         raise UserError(
             f"a process died (killed, or out of memory) while it made one of these pieces: {lost}; the same command "
             "goes on, with a lower --num_proc if memory was short"
         ) from error
+    finally:
+        progress.close()
 
 
 def megabytes(c) -> float:

@@ -364,7 +364,7 @@ def train(config: TrainConfig) -> dict:
                 log.say(f"{c.run_dir}: already at step {at.step} of {c.max_steps}")
                 return log.summary(at)
             saver.check_space(net)
-            log.begin(at, saver.changed)
+            log.introduce(at, saver.changed)
             refuse_wrong_products(net, rt, c.batch_size, c.dropout)
             reader = StepReader(delay=rt.device.type == "cuda")
             order = (c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)

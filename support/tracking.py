@@ -1,7 +1,7 @@
 """What a run tells: metrics.jsonl, the terminal, and Weights & Biases or trackio where they are asked for.
 
-metrics.jsonl is the source of truth: one JSON object a line. Rows after the checkpoint that is resumed are cut
-off, so every step has one row. The terminal and the trackers are views of these rows; none of them can stop a run.
+metrics.jsonl has one JSON object a line and is the source of truth: the terminal and the trackers show these rows, and
+cannot stop a run. When a run resumes, the rows after its checkpoint are removed, so every step has one row.
 """
 
 import json
@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from support.cli import UserError
 from support.files import sync, write_json, write_whole
-from support.runtime import git_commit, versions
 
-AXES = {"tokens", "seconds"}  # what curves can be drawn against, besides the step
+AXES = {"tokens", "seconds"}  # what curves can be plotted against, besides the step
 NO_CURVES = {"kind", "step", "checksum", "samples_seen", "targets", "examples"}
 PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
 
@@ -27,53 +26,63 @@ PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
 class Log:
     """Tells what a run does: rows to metrics.jsonl and a tracker, lines to the terminal, a summary at the end.
 
-    c is the run's configuration; facts are `train.facts`. As a context it closes what `open` and `begin` opened."""
+    c is the run's configuration; facts are `train.facts`. As a context it closes the file, the bar and the tracker."""
 
     def __init__(self, c, rt, facts):
         self.c, self.rt, self.facts = c, rt, facts
         self.metrics = self.progress = self.tracker = None
 
     def open(self, at, anew=False):
-        """Cuts metrics.jsonl at the position `at`, where the run goes on; `anew`: no row there is of its steps."""
+        """Opens metrics.jsonl and removes the rows after the position `at`; `anew`: those of that step too."""
         last = -1 if anew else at.step
         self.metrics = Metrics(self.c.run_dir / "metrics.jsonl", last, writes=self.rt.is_main)
         self.progress = Progress(at.step, self.c.max_steps, self.rt.is_main)
         self.seconds = at.seconds
 
-    def begin(self, at, changed):
+    def introduce(self, at, changed):
         """Writes run.json, prints what is trained on what, and starts the tracker. changed: flags, as text."""
         if not self.rt.is_main:
             return
-        c, facts = self.c, self.facts
-        write_json(c.run_dir / "run.json", record_of_run(c, self.rt, facts))
-        introduce(c, self.rt, facts, at, changed)
+        c, rt, facts = self.c, self.rt, self.facts
+        write_json(c.run_dir / "run.json", record_of_run(c, rt, facts))
+        accumulation = c.total_batch_tokens // (c.batch_size * c.block_size * rt.world)
+        tokens, there = c.max_steps * c.total_batch_tokens, facts["training_tokens"]
+        print(f"model      {facts['parameters']:,} parameters, {facts['vocab_size']:,} token vocabulary")
+        print(f"data       {there:,} tokens in {c.data_dir}; {tokens:,} to train on ({tokens / there:.2f} epochs)")
+        sizes = f"{c.batch_size} x {c.block_size} x {accumulation} micro-steps x {rt.world} device(s)"
+        print(f"step       {c.total_batch_tokens:,} tokens = {sizes}")
+        print(f"device     {rt.device}, {rt.dtype}{', compiled' if facts['compiled'] else ''}")
+        print(f"run        {c.run_dir}, {f'continued at step {at.step}' if at.step else 'from the beginning'}")
+        if changed:
+            print(f"changed    {', '.join(changed)}")
+        sys.stdout.flush()
         library = "wandb" if c.tracker == "off" and c.wandb_project else c.tracker
         if library != "off":
             self.tracker = Tracker(library, c.wandb_project or "gpt", c.wandb_run_name, c.run_dir, asdict(c))
 
     def due(self, kind, at) -> bool:
-        """Whether an evaluation falls on this step and has not been made yet, perhaps before a restart."""
+        """Whether an evaluation is scheduled for this step and has no row yet."""
         c = self.c
         interval = {"val": c.eval_interval, "hellaswag": c.hellaswag_interval, "sample": c.sample_interval}[kind]
         scheduled = interval > 0 and (at.step % interval == 0 or at.step == c.max_steps)
-        return scheduled and (kind, at.step) not in self.metrics.done and (at.step > 0 or kind == "val")
+        return scheduled and (kind, at.step) not in self.metrics.evaluations and (at.step > 0 or kind == "val")
+
+    def anything_due(self, at) -> bool:
+        return any(self.due(kind, at) for kind in ("val", "hellaswag", "sample"))
 
     def finished(self, at) -> bool:
         """Whether nothing is left to do."""
         return at.step >= self.c.max_steps and not self.anything_due(at)
 
-    def anything_due(self, at) -> bool:
-        return any(self.due(kind, at) for kind in ("val", "hellaswag", "sample"))
-
     def say(self, text):
         self.progress.say(text)
 
-    def row(self, kind, at, **values) -> dict:
+    def row(self, kind, at, **values):
         tokens = at.samples_seen * self.c.block_size
-        row = self.metrics.log(kind, at.step, tokens=tokens, seconds=round(at.seconds, 3), **values)
+        row = {"kind": kind, "step": at.step, "tokens": tokens, "seconds": round(at.seconds, 3), **values}
+        self.metrics.write(row)
         if self.tracker:
             self.tracker.log(row)
-        return row
 
     def train(self, values, at):
         """One optimizer step: its loss, lr, grad_norm and checksum; speed and memory are added here."""
@@ -84,7 +93,7 @@ class Log:
                  mfu=mfu and round(mfu, 4), memory=self.rt.memory())  # fmt: skip
         norm = "skipped" if values.get("skipped") else f"norm {values['grad_norm']:.2f}"
         text = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {norm}  {rate:,.0f} tok/s"
-        self.progress.update(at.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
+        self.progress.show(at.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
 
     def val(self, values, at):
         self.row("val", at, **values)
@@ -106,17 +115,17 @@ class Log:
     def summary(self, at, stopped_by=0) -> dict:
         """Prints the summary of all sessions and returns it. stopped_by: the signal that ended this one early."""
         self.progress.close()
-        loss = self.metrics.last_val()
-        known = {"val_loss": loss, "perplexity": None if loss is None else perplexity(loss)}
+        val = self.metrics.last("val")
+        known = {"val_loss": val["loss"] if val else None, "perplexity": perplexity(val["loss"]) if val else None}
         tokens = at.samples_seen * self.c.block_size
         if stopped_by:
             where = f"stopped after step {at.step}, saved in {self.c.run_dir}; run again to go on"
             self.say(f"signal {stopped_by}: {where}")
         elif self.rt.is_main:
-            self.conclude(at, tokens, **known)
+            self.print_summary(at, tokens, **known)
         return {"run_dir": str(self.c.run_dir), "signal": stopped_by, "step": at.step, "tokens": tokens, **known}
 
-    def conclude(self, at, tokens, val_loss, perplexity):
+    def print_summary(self, at, tokens, val_loss, perplexity):
         rate, mfu = self.speed(tokens, at.seconds)
         epochs = at.samples_seen / self.facts["n_windows"]
         print(f"\nfinished   step {at.step:,}: {tokens:,} tokens, {epochs:.2f} epochs,"
@@ -124,8 +133,8 @@ class Log:
         print(f"speed      {rate:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else ""))
         if val_loss is not None:
             print(f"validation loss {val_loss:.4f}, perplexity {perplexity:.2f}")
-        if "hellaswag" in self.metrics.last:
-            print(f"HellaSwag  {hellaswag_in_words(self.metrics.last['hellaswag'])}")
+        if hellaswag := self.metrics.last("hellaswag"):
+            print(f"HellaSwag  {hellaswag_in_words(hellaswag)}")
         print(f"kept       {self.c.run_dir}: checkpoints, metrics.jsonl, curves.png")
         print(f"next       python inference.py --checkpoint {self.c.run_dir}", flush=True)
 
@@ -138,22 +147,10 @@ class Log:
                 opened.close()
 
 
-def introduce(c, rt, facts, at, changed):
-    """Prints what is trained, on what, and where."""
-    accumulation = c.total_batch_tokens // (c.batch_size * c.block_size * rt.world)
-    tokens, there = c.max_steps * c.total_batch_tokens, facts["training_tokens"]
-    print(f"model      {facts['parameters']:,} parameters, {facts['vocab_size']:,} token vocabulary")
-    print(f"data       {there:,} tokens in {c.data_dir}; {tokens:,} to train on ({tokens / there:.2f} epochs)")
-    print(f"step       {c.total_batch_tokens:,} tokens = {c.batch_size} x {c.block_size} x {accumulation} micro-steps"
-          f" x {rt.world} device(s)")  # fmt: skip
-    print(f"device     {rt.device}, {rt.dtype}{', compiled' if facts['compiled'] else ''}")
-    print(f"run        {c.run_dir}, {f'continued at step {at.step}' if at.step else 'from the beginning'}", flush=True)
-    if changed:
-        print(f"changed    {', '.join(changed)}", flush=True)
-
-
 def record_of_run(c, rt, facts) -> dict:
     """run.json: what a reader needs to repeat this run."""
+    from support.runtime import git_commit, versions  # here: it imports torch, which preparing data does not need
+
     return {
         "config": asdict(c),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -178,41 +175,42 @@ def validation_in_words(row) -> str:
 def hellaswag_in_words(row) -> str:
     """The accuracies in percent."""
     known = {k: v for k, v in row.items() if k.endswith(("_acc", "_acc_norm")) and type(v) is float}
-    shares = {k.replace("_", " ", 1): v for k, v in known.items()}
-    return ", ".join(f"{name} {100 * share:.2f}" for name, share in shares.items()) + " percent"
+    return ", ".join(f"{k.replace('_', ' ', 1)} {100 * share:.2f}" for k, share in known.items()) + " percent"
+
+
+# ---------------------------------------------------------------------------------------
+# metrics.jsonl.
 
 
 class Metrics:
     """The rows of one run: {"kind": "train" | "val" | "hellaswag" | "sample", "step", "tokens", "seconds", ...}."""
 
     def __init__(self, path, step, writes=True):
-        """Keeps the rows up to `step`; where it `writes` (one process does), the rest are cut off the file."""
+        """Keeps the rows up to `step`. `writes`: this process removes the others from the file and adds new ones."""
         rows = [row for row in read_rows(path) if row["step"] <= step]
-        self.done = {(row["kind"], row["step"]) for row in rows}
-        self.last = {row["kind"]: row for row in rows}  # by kind
-        self.vals = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
+        self.evaluations = {(row["kind"], row["step"]): row for row in rows if row["kind"] != "train"}
         self.file = None
         if writes:
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
             self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
-    def log(self, kind, step, **values) -> dict:
-        row = {"kind": kind, "step": step, **values}
-        self.done.add((kind, step))
-        self.last[kind] = row
-        if kind == "val":
-            self.vals[step] = row["loss"]
+    def write(self, row):
+        if row["kind"] != "train":
+            self.evaluations[row["kind"], row["step"]] = row
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
-        return row
 
-    def last_val(self) -> float | None:
-        """The newest validation loss."""
-        return self.vals[max(self.vals)] if self.vals else None
+    def last(self, kind) -> dict | None:
+        """The row of the newest evaluation of this kind."""
+        return max((r for r in self.evaluations.values() if r["kind"] == kind), key=lambda r: r["step"], default=None)
+
+    def val_losses(self) -> dict[int, float]:
+        """The validation losses by step."""
+        return {step: row["loss"] for (kind, step), row in self.evaluations.items() if kind == "val"}
 
     def sync(self):
-        """To the disk, before a checkpoint that relies on it."""
+        """Brings the rows to the disk: before a checkpoint that relies on them."""
         if self.file:
             sync(self.file)
 
@@ -229,77 +227,70 @@ def read_rows(path):
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-                whole = type(row["kind"]) is str and type(row["step"]) is int
+                good = type(row["kind"]) is str and type(row["step"]) is int
                 if row["kind"] == "val":  # its loss decides which checkpoint is the best
-                    whole = whole and type(row["loss"]) in (int, float) and not math.isnan(row["loss"])
+                    good = good and type(row["loss"]) in (int, float) and not math.isnan(row["loss"])
             except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-                whole = False
-            if whole:
+                good = False
+            if good:
                 yield row
             elif line.endswith(b"\n"):
-                raise UserError(f"{path}, line {number}: not a row of metrics; mend that line or delete it")
+                raise UserError(f"{path}, line {number}: not a row of metrics; correct that line or delete it")
+
+
+# ---------------------------------------------------------------------------------------
+# Trackers: each `start_...` returns (function of step and values, class of tables, function to end with).
 
 
 class Tracker:
     """The rows shown by Weights & Biases, or by trackio's local dashboard, which needs no account and no network.
 
-    Whatever goes wrong there costs one warning, not the run."""
+    The first error switches the tracker off with one warning; the run goes on."""
 
     def __init__(self, library, project, name, run_dir, config):
-        """library: "wandb" or "trackio"; a run continued from `run_dir` continues there too."""
-        self.library, self.log_row, self.samples = library, None, []
+        """library: "wandb" or "trackio"; a run that continues in `run_dir` continues there too."""
+        self.library, self.off, self.samples = library, False, []
+        self.send = self.table = self.finish = None
+        start = {"wandb": start_wandb, "trackio": start_trackio}[library]
+        if started := self.attempt(start, project, name or run_dir.name, run_dir, config):
+            self.send, self.table, self.finish = started
+
+    def attempt(self, function, *arguments):
+        if self.off:
+            return None
         try:
-            begin = {"wandb": begin_wandb, "trackio": begin_trackio}[library]
-            self.log_row, self.table, self.finish = begin(project, name or Path(run_dir).name, Path(run_dir), config)
+            return function(*arguments)
         except Exception as error:
-            self.give_up(error)
+            self.off = True
+            said = f"{type(error).__name__}: {error}"
+            print(f"warning: {self.library} is off for the rest of this run ({said})", file=sys.stderr)
 
     def log(self, row):
-        if self.log_row is None:
-            return
+        self.attempt(self.log_row, row)
+
+    def log_row(self, row):
         values = {k if k in AXES else f"{row['kind']}/{k}": v for k, v in row.items() if k not in NO_CURVES}
-        try:
-            if row["kind"] == "sample":
-                self.samples.append([row["step"], row["prompt"], row["text"]])
-                values = {"samples": self.table(columns=["step", "prompt", "text"], data=self.samples.copy())}
-            self.log_row(row["step"], {k: v for k, v in values.items() if v is not None})
-        except Exception as error:
-            self.give_up(error)
+        if row["kind"] == "sample":
+            self.samples.append([row["step"], row["prompt"], row["text"]])
+            values = {"samples": self.table(columns=["step", "prompt", "text"], data=self.samples.copy())}
+        self.send(row["step"], {k: v for k, v in values.items() if v is not None})
 
     def close(self):
-        if self.log_row is not None:
-            try:
-                self.finish()
-            except Exception as error:
-                self.give_up(error)
-
-    def give_up(self, error):
-        self.log_row = None
-        print(
-            f"warning: {self.library} is off for the rest of this run ({type(error).__name__}: {error})",
-            file=sys.stderr,
-        )
+        self.attempt(self.finish)
 
 
-def begin_wandb(project, name, run_dir, config):
-    """(function of step and values, class of tables, function to end with) of a run at Weights & Biases."""
+def start_wandb(project, name, run_dir, config):
     import wandb  # here: optional, and slow to import
 
     mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
     if mode == "offline":
         print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
-    run_id = kept_id(run_dir / "wandb_id.txt")
-    place = dict(project=project, name=name, dir=str(run_dir), mode=mode, settings=wandb.Settings(init_timeout=30))
-    run = wandb.init(config=config, id=run_id, resume="allow", **place)
+    run = wandb.init(
+        project=project, name=name, dir=str(run_dir), config=config, id=run_id(run_dir / "wandb_id.txt"),
+        resume="allow", mode=mode, settings=wandb.Settings(init_timeout=30),
+    )  # fmt: skip
     run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
     return lambda step, values: run.log({"step": step} | values), wandb.Table, run.finish
-
-
-def kept_id(path) -> str:
-    """The run's id at a tracker, made at its first start: a run of the same name in a new directory has another."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
 
 
 def has_key(wandb) -> bool:
@@ -309,38 +300,54 @@ def has_key(wandb) -> bool:
         return False
 
 
-def begin_trackio(project, name, run_dir, config):
-    """The same of a run in trackio, which keeps it in a database of the user's (TRACKIO_DIR). It knows runs by name,
-    so the name has the run's id in it."""
+def start_trackio(project, name, run_dir, config):
+    """trackio keeps runs in a database of the user's (TRACKIO_DIR), by name: so the name contains the run's id."""
     import trackio
 
-    name = f"{name} {kept_id(run_dir / 'trackio_id.txt')}"
     run = trackio.init(
-        project, name, config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False
-    )
+        project, name=f"{name} {run_id(run_dir / 'trackio_id.txt')}", config=config, resume="allow", embed=False,
+        auto_log_gpu=False, auto_log_cpu=False,
+    )  # fmt: skip
     return lambda step, values: run.log(values, step), trackio.Table, trackio.finish
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a line every few seconds. The last step always shows."""
+def run_id(path) -> str:
+    """The run's id at a tracker, made at its first start: a run of the same name in a new directory has another."""
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
 
-    def __init__(self, step, total, shown):
-        self.total, self.shown, self.last = total, shown, -PLAIN_SECONDS
-        self.first, self.began = step, time.monotonic()
+
+# ---------------------------------------------------------------------------------------
+# The progress bar.
+
+
+class Progress:
+    """The progress bar of all programs. Without a terminal a line every few seconds, or none with plain=False."""
+
+    def __init__(self, done, total, shown=True, unit="step", plain=True):
+        """done of total units are done already. shown: whether this process prints anything."""
+        self.first, self.total, self.shown, self.unit, self.plain = done, total, shown, unit, plain
+        self.began, self.printed = time.monotonic(), -PLAIN_SECONDS
         self.live, self.bar = shown and sys.stderr.isatty(), None
 
-    def update(self, step, text):
+    def show(self, done, text=""):
+        """`done` units are done; the text stands behind the bar. The last unit always shows."""
         if self.live:
-            if self.bar is None:  # not before the first step, so that nothing is printed into it
-                self.bar = tqdm(total=self.total, initial=self.first, unit="step", dynamic_ncols=True, smoothing=0.05)
+            if self.bar is None:  # created late: what is printed before the first step does not break the bar
+                options = dict(unit=f" {self.unit}", dynamic_ncols=True, smoothing=0.05)
+                self.bar = tqdm(total=self.total, initial=self.first, **options)
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif self.shown and (time.monotonic() - self.last >= PLAIN_SECONDS or step == self.total):
-            self.last = time.monotonic()
-            left = (self.last - self.began) / max(1, step - self.first) * (self.total - step)
-            print(f"step {step:>{len(str(self.total))}}/{self.total}  {text}  left {duration(left)}", flush=True)
+            self.bar.update(done - self.bar.n)
+        elif self.shown and self.plain:
+            now = time.monotonic()
+            if now - self.printed >= PLAIN_SECONDS or done == self.total:
+                self.printed = now
+                left = duration((now - self.began) / max(1, done - self.first) * (self.total - done))
+                print(f"{self.unit} {done:>{len(str(self.total))}}/{self.total}  {text}  left {left}", flush=True)
 
     def say(self, text):
+        """Prints a line above the bar."""
         if self.shown:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
 

@@ -464,7 +464,8 @@ def test_altered_metrics_of_a_run_that_is_resumed(toy, tally, little_memory, con
         at = Position(2, 4, 1.0)
         try:
             toy.log.open(at)
-            checkpoint.best_step(toy.config.run_dir, toy.log.metrics.vals), toy.log.finished(at), toy.log.summary(at)
+            checkpoint.best_step(toy.config.run_dir, toy.log.metrics.val_losses())
+            toy.log.finished(at), toy.log.summary(at)
         finally:
             toy.log.metrics.close()
 

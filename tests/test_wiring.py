@@ -499,7 +499,7 @@ def test_the_time_left_is_that_of_the_steps_left(monkeypatch, capsys):
     """Of this session's own steps: a run that is continued has not made the earlier ones in no time."""
     times = iter([100.0, 120.0, 120.0, 120.0])
     monkeypatch.setattr(tracking.time, "monotonic", lambda: next(times))
-    tracking.Progress(10, 50, True).update(20, "text")
+    tracking.Progress(10, 50).show(20, "text")
     assert capsys.readouterr().out == "step 20/50  text  left 1:00\n"
     assert [tracking.duration(s) for s in (0, 59.9, 61, 3600, 36_062)] == [
         "0:00",

@@ -1,13 +1,13 @@
-"""Checkpoints: save, find, verify, load, rotate; and `Saver`, by which a run saves and continues.
+"""Checkpoints: how a run saves its state, finds it again after a kill, and continues from it.
 
     python checkpoint.py verify checkpoints/demo       # checks every file of a run's checkpoints against its hash
 
-A checkpoint is a directory that appears by one rename after every byte in it has been flushed. So what is there is
-whole. The manifest holds the sha256 of each file. So damage is found, and the checkpoint before is used. Tensors are
-safetensors and the rest JSON: a checkpoint cannot run code. It holds no absolute path, device or world size.
+A checkpoint is a directory step_NNNNNNNN. It is written under another name, flushed to the disk, and then renamed: so
+a checkpoint that has its name is complete. Its manifest holds the sha256 of each file: damage is found, and the
+checkpoint before is used. Tensors are safetensors and everything else is JSON, so loading a checkpoint runs no code.
 
-The checkpoints step_NNNNNNNN of a run are its line of steps. Where a run continues from one of them, those after it
-are void: they are set aside, under names that are no step of the line, before their steps are trained again.
+A run's checkpoints are its line of steps. Where a run continues from an earlier one, those after it are void: they are
+renamed to aside_step_NNNNNNNN, which the run does not read, before their steps are trained again.
 """
 
 import json
@@ -40,20 +40,20 @@ MODEL, OPTIMIZER, CONFIG, STATE = "model.safetensors", "optimizer.safetensors", 
 NEEDED = (MODEL, CONFIG, TOKENIZER)  # to sample and to evaluate
 DEFAULT_DIR = "checkpoints"
 LEFTOVER = ".unfinished_"  # prefix of directories that are being written
-DOOMED = f"{LEFTOVER}removal_"  # and of those that are being deleted
-ASIDE = "aside_"  # prefix of checkpoints that are no longer in the line of steps
+DOOMED = f"{LEFTOVER}removal_"  # prefix of directories that are being deleted
+ASIDE = "aside_"  # prefix of checkpoints that are not in the line of steps
 
 # ---------------------------------------------------------------------------------------
 # Saving.
 
 
 def snapshot(model, optimizer, keep=True, pinned=None) -> dict[str, dict[str, torch.Tensor]]:
-    """Copies on the CPU of all that training goes on to change: the tensors of each file of a checkpoint.
+    """Copies on the CPU of all that training changes: the tensors of each file of a checkpoint.
 
-    Where the model is sharded every rank must call it, for its tensors are gathered; one that does not `keep`
-    them, because another writes, copies nothing and gets None for each.
-    pinned: a dict that keeps the memory of the copies for the next snapshot. With it a GPU copies when it has done
-    what was asked of it before, and this function returns earlier: the copies are good after `Runtime.so_far()`."""
+    Under FSDP every rank must call it, because each tensor is gathered from all ranks; a rank with keep=False, which
+    writes no checkpoint, copies nothing and gets None for each tensor.
+    pinned: a dict that keeps the memory of the copies for the next snapshot. With it this function does not wait for a
+    GPU: the copies are complete when the function that `Runtime.so_far` returns has been called."""
     files = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
     return {
         file: {name: copied(gathered(t.detach()), keep, pinned, (file, name)) for name, t in tensors.items()}
@@ -78,8 +78,8 @@ def optimizer_tensors(model, optimizer) -> dict:
 
 
 def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
-    """Writes run_dir/step_NNNNNNNN from a `snapshot`; returns it. UserError, with nothing left behind, where
-    the disk is full. A checkpoint of that step that is there already is replaced once the new one is whole."""
+    """Writes run_dir/step_NNNNNNNN from a `snapshot` and returns it. A checkpoint of that step is replaced when the new
+    one is complete. UserError where it cannot be written, as on a full disk; then nothing of it is left."""
     run_dir = Path(run_dir)
     final, temporary, before = run_dir / name_of(step), run_dir / f"{LEFTOVER}{name_of(step)}", None
     try:
@@ -118,19 +118,16 @@ def point(run_dir, name, step, **facts):
 
 
 def write_tensors(path, tensors, metadata=None):
-    """A safetensors file, flushed to the disk, beside a CONFIG whose permissions it takes."""
+    """Writes a safetensors file and flushes it. It gets the permissions of the CONFIG beside it, which follow the
+    user's umask; safetensors itself gives 0600."""
     save_file(tensors, path, metadata)
-    copy_permissions(path.with_name(CONFIG), path)  # the user's umask; safetensors alone gives 0600
-    flush(path)
-
-
-def flush(path):
+    copy_permissions(path.with_name(CONFIG), path)
     with open(path, "rb+") as f:
         sync(f)
 
 
 def remove(directory):
-    """Deletes a checkpoint so that, killed half way, what is left is no checkpoint."""
+    """Deletes a checkpoint, renamed first: after a kill half way the remains do not look like a checkpoint."""
     doomed = directory.with_name(f"{DOOMED}{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(directory, doomed)
@@ -138,8 +135,8 @@ def remove(directory):
 
 
 def set_aside(path) -> Path:
-    """Takes a checkpoint out of its run's line of steps and keeps it: renames it to one of the names that no
-    other has, aside_step_NNNNNNNN, aside_step_NNNNNNNN_2, ... Returns the new path."""
+    """Takes a checkpoint out of the line of steps: renames it to aside_step_NNNNNNNN, or aside_step_NNNNNNNN_2 and so
+    on where that exists. Returns the new path."""
     aside, n = path.with_name(f"{ASIDE}{path.name}"), 2
     while aside.exists():
         aside, n = path.with_name(f"{ASIDE}{path.name}_{n}"), n + 1
@@ -147,9 +144,9 @@ def set_aside(path) -> Path:
     return aside
 
 
-def rotate(run_dir, keep_last, best_step=None):
-    """Keeps the newest `keep_last` checkpoints, and the one of `best_step`. One that was set aside goes when
-    `keep_last` of the line have its step or a later one: when it would have gone from the line, too."""
+def remove_old(run_dir, keep_last, best_step=None):
+    """Keeps the newest `keep_last` checkpoints of the line and the one of `best_step`. One that was set aside is
+    removed when `keep_last` checkpoints of the line have reached its step."""
     line = steps(run_dir)
     for path in line[keep_last:]:
         if step_of(path) != best_step:
@@ -160,7 +157,7 @@ def rotate(run_dir, keep_last, best_step=None):
 
 
 def clean(run_dir):
-    """Removes what a killed save, deletion or write left behind."""
+    """Removes the unfinished files of a session that was killed."""
     for path in Path(run_dir).glob(f"{LEFTOVER}*"):
         shutil.rmtree(path)
     for path in Path(run_dir).glob(f".*{UNFINISHED}"):
@@ -182,7 +179,7 @@ def step_of(path) -> int:
 
 
 def steps(run_dir) -> list[Path]:
-    """The checkpoints of a run, newest first, whether or not they verify."""
+    """The checkpoints of a run's line, newest first, good or damaged."""
     found = [p for p in Path(run_dir).glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d+", p.name)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -194,7 +191,7 @@ def those_aside(run_dir) -> list[tuple[Path, int]]:
 
 
 def verify(path, names=None):
-    """UserError naming the first file of a checkpoint, or of those `names`, that is missing or not what was saved."""
+    """UserError with the first file, of all or of `names`, that is missing or differs from what was saved."""
     path = Path(path)
     listed = read_json(path / MANIFEST).get("files")
     needed = {*NEEDED, OPTIMIZER, STATE}
@@ -213,9 +210,10 @@ def verify(path, names=None):
 
 
 def newest(run_dir, names=None) -> Path | None:
-    """The newest checkpoint of a run that verifies (or whose files `names` do); None if it has none at all.
+    """The newest good checkpoint of a run; None if the run has none. names: the files that must be good, default all.
 
-    A bad one is skipped, by name, on stderr. UserError where all are bad: starting from scratch must be said."""
+    A damaged one is skipped with a message. UserError where all are damaged: the run must not start from scratch
+    without the user's knowledge."""
     found = steps(run_dir)
     for path in found:
         try:
@@ -229,9 +227,9 @@ def newest(run_dir, names=None) -> Path | None:
 
 
 def find_checkpoint(path=None, runs=DEFAULT_DIR) -> Path:
-    """The checkpoint that `path` means: itself, RUN/best, a run's newest (RUN or RUN/latest), or, for None, the
-    newest under the directory of all `runs`, where RUN may be the run's name alone.
-    Only what sampling and evaluating need of it is read and verified, not the optimizer's state."""
+    """The checkpoint that `path` names: a checkpoint itself, RUN/best, RUN or RUN/latest (its newest), or for None the
+    newest under `runs`, the directory of all runs. RUN is a run's directory, or its name under `runs`.
+    Only the files that sampling and evaluating need are verified, not the optimizer's state."""
     if path is None:
         found = [p for p in Path(runs).glob("*") if steps(p)]
         if not found:
@@ -252,7 +250,7 @@ def find_checkpoint(path=None, runs=DEFAULT_DIR) -> Path:
 
 
 def under_runs(path, runs) -> Path:
-    """`path`, or the same under the directory of all runs where only that is a run or in one."""
+    """`path` under the directory of all runs, where only that is a run or belongs to one; else `path` itself."""
 
     def is_run(p):
         return p.is_dir() and bool(steps(p))
@@ -289,8 +287,8 @@ def what_it_looks_like(path) -> str:
 
 
 @contextmanager
-def opened(path):
-    """The safetensors file, open for reading; UserError where it is none."""
+def open_tensors(path):
+    """A safetensors file, open for reading. UserError where it is not one."""
     try:
         with safe_open(path, "pt") as f:
             yield f
@@ -299,8 +297,9 @@ def opened(path):
 
 
 def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
-    """Tensors of a file by name. UserError names a missing, extra, misshapen or non-finite one."""
-    with opened(path) as f:
+    """The tensors of a file by name. expected: their shapes by name. UserError names a tensor that is missing, not
+    expected, not float32 of that shape, or not finite."""
+    with open_tensors(path) as f:
         names = set(f.keys())
         for name in sorted(names ^ expected.keys()):
             raise UserError(f"{path}: tensor {name} is {'not expected' if name in names else 'missing'}")
@@ -317,7 +316,7 @@ def read_tensors(path, expected: dict[str, torch.Size]) -> dict:
 
 
 def read_config(path) -> GPTConfig:
-    """The model's configuration. A field that is not there, because it is newer than the file, has its default."""
+    """The model's configuration. A field that is newer than the file gets its default."""
     values = asdict(GPTConfig()) | read_json(path)
     known = {f.name: f.type for f in fields(GPTConfig)}
     if values.keys() != known.keys():
@@ -339,7 +338,7 @@ def load_weights(path, model):
 
 
 def load_model(path=None, device="cpu"):
-    """(GPT in evaluation mode, its tokenizer) of a checkpoint, of a run's newest, or of the newest run."""
+    """(GPT in evaluation mode, its tokenizer) of the checkpoint that `path` names, see `find_checkpoint`."""
     path = find_checkpoint(path)
     config, tokenizer = read_config(path / CONFIG), load_tokenizer(path)
     if tokenizer.vocab_size != config.valid_vocab_size:
@@ -351,25 +350,25 @@ def load_model(path=None, device="cpu"):
 
 
 def refuse_larger(c: GPTConfig, path):
-    """UserError where a config asks for a model larger than the stored weights, before memory is taken for it."""
+    """UserError where the config describes a model larger than the stored weights, before memory is allocated."""
     size = (path / MODEL).stat().st_size
-    matrices = c.n_embd * (c.vocab_size + 12 * c.n_layer * c.n_embd)  # the least there is of any such model
-    rotations = c.block_size * c.n_embd // c.n_head  # RoPE's table, which is computed and not stored
-    if 4 * matrices > size or 4 * rotations > max(size, 2**26):
+    matrices = c.n_embd * (c.vocab_size + 12 * c.n_layer * c.n_embd)
+    angles = c.block_size * c.n_embd // c.n_head  # RoPE's table, which is computed and not stored
+    if 4 * matrices > size or 4 * angles > max(size, 2**26):
         raise UserError(f"{path / CONFIG}: a model larger than the {size:,} bytes of {MODEL}")
 
 
 def kept_keys(optimizer, group):
-    """What an optimizer remembers of each parameter of a group."""
+    """The names of the state that an optimizer keeps for each parameter of a group."""
     muon = isinstance(optimizer, Muon) and "parts" in group
     return ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
 
 
 def load_training(path, model, optimizer) -> dict:
-    """Weights and optimizer state into existing objects; returns state.json."""
+    """Loads weights and optimizer state into existing objects; returns the content of state.json."""
     path = Path(path)
     load_weights(path, model)
-    with opened(path / OPTIMIZER) as f:
+    with open_tensors(path / OPTIMIZER) as f:
         started = len(f.keys()) > 0  # an optimizer has no state before its first step
     named = {p: name for name, p in model.named_parameters()}
     keys = {p: kept_keys(optimizer, g) for g in optimizer.param_groups for p in g["params"]} if started else {}
@@ -389,41 +388,41 @@ def load_training(path, model, optimizer) -> dict:
 
 @dataclass
 class Position:
-    """Where a run stands. All that training does next follows from it, the flags and the weights."""
+    """Where a run stands. What training does next depends on this, the flags, the weights and the optimizer's state."""
 
     step: int = 0  # optimizer steps completed
-    samples_seen: int = 0  # windows that these consumed, over all devices
+    samples_seen: int = 0  # windows that these steps consumed, over all devices
     seconds: float = 0.0  # of training, over all sessions
 
 
 class Saver:
-    """Saves a run's checkpoints while it trains, and finds the one that it continues from.
+    """Saves a run's checkpoints while it trains, and finds the one from which it continues.
 
-    As a context it holds the lock of the run's directory; leaving it waits for the checkpoint in flight.
-    c: the run's configuration. identity: what the run may not change half way, by name. `net` of the methods
-    has model, optimizer and scaler; `log` is a support.tracking.Log. All ranks call the methods together."""
+    As a context it holds the lock of the run's directory; leaving it waits for the checkpoint that is being written.
+    c: the run's configuration. identity: settings, by name, that may not change within a run. `net` of the methods has
+    model, optimizer and scaler; `log` is a support.tracking.Log. All ranks call the methods together."""
 
     def __init__(self, c, rt, identity, tokenizer):
         self.c, self.rt, self.identity, self.tokenizer = c, rt, identity, tokenizer
-        self.saved_step = -1  # of the newest checkpoint of the run's own known to be good
+        self.saved_step = -1  # the step of the run's newest good checkpoint
         self.from_other = False  # whether the run began at a checkpoint of another run
-        self.changed = []  # flags that are not what the checkpoint's session had, as text
-        self.writing = None  # on rank 0, the save in flight
-        self.pinned = {}  # memory of its copies, where the model is on a GPU
+        self.changed = []  # flags that differ from those of the checkpoint's session, as text
+        self.writing = None  # on rank 0: the future of the checkpoint that is being written
+        self.pinned = {}  # see `snapshot`
 
     def __enter__(self):
         with ExitStack() as stack:
             self.rt.from_main(lambda: stack.enter_context(run_lock(self.c.run_dir)))
             self.writer = stack.enter_context(ThreadPoolExecutor(1))
-            self.opened = stack.pop_all()
+            self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc):
-        self.opened.close()
+        self.stack.close()
 
     def resume(self, net) -> Position:
-        """Loads the newest good checkpoint of the run, or the one that --resume names, and returns its position;
-        without one the network stays as it is, at step 0. Later checkpoints of the run are set aside."""
+        """Loads the run's newest good checkpoint, or the one that --resume names, and returns its position. Without one
+        the network stays as it is, at step 0. The run's later checkpoints are set aside."""
         c = self.c
         found = self.rt.from_main(lambda: find_start(c))
         if found is None:
@@ -450,8 +449,8 @@ class Saver:
         return at.step > 0 and (at.step == self.c.max_steps or (interval > 0 and at.step % interval == 0))
 
     def save(self, net, at, log):
-        """Copies this step's state, and has it written, and old checkpoints removed, while training goes on.
-        Nothing happens where the step is saved already."""
+        """Copies the state of this step. A thread writes the copy and removes old checkpoints while training goes on.
+        Nothing happens where this step is saved already."""
         if self.saved_step == at.step:
             return
         self.wait(log)
@@ -469,15 +468,15 @@ class Saver:
                 wait_for_copies()
                 log.metrics.sync()
                 save(self.c.run_dir, step, net.model.config, tensors, state, self.tokenizer)
-                rotate(self.c.run_dir, self.c.keep_last, best)
+                remove_old(self.c.run_dir, self.c.keep_last, best)
             except BaseException:
-                self.rt.signals.failed = True  # training stops soon, and `wait` raises the error
+                self.rt.signals.failed = True  # stops the training; then `wait` raises the error
                 raise
 
         self.writing = self.writer.submit(write)
 
     def wait(self, log):
-        """Waits until the save in flight is on the disk. If it failed, every rank raises its error."""
+        """Waits until the last save is on the disk. If it failed, every rank raises its error."""
 
         def finish():
             if self.writing is not None:
@@ -487,7 +486,7 @@ class Saver:
         self.keep_best(log)
 
     def keep_best(self, log):
-        """Names the best checkpoint of the line in best.json."""
+        """Names in best.json the checkpoint of the line with the lowest validation loss."""
         if not self.rt.is_main:
             return
         losses = log.metrics.val_losses()
@@ -498,8 +497,9 @@ class Saver:
             (self.c.run_dir / "best.json").unlink(missing_ok=True)
 
     def check_space(self, net):
-        """UserError where the disk has no room for one checkpoint: before the first step, not at the first save."""
-        self.rt.from_main(lambda: refuse_full_disk(self.c.run_dir, size_of(net.model, net.optimizer)))
+        """UserError where the disk has no room for one checkpoint. To be called before the first step."""
+        need = size_of(net.model, net.optimizer)
+        self.rt.from_main(lambda: refuse_full_disk(self.c.run_dir, need))
 
 
 def best_step(run_dir, losses) -> int | None:
@@ -525,7 +525,7 @@ def refuse_full_disk(run_dir, need):
 def find_start(c) -> Path | None:
     """The checkpoint from which the run that `c` describes starts; None: from new weights.
 
-    The run's own checkpoints come before the place where it began, because schedulers repeat commands. Only a
+    The run's own newest checkpoint comes before the one that --resume names, because schedulers repeat commands. Only a
     command that names an older checkpoint of the run itself goes back to it, and only the first time."""
     clean(c.run_dir)
     if c.resume == "never":
@@ -544,8 +544,8 @@ def find_start(c) -> Path | None:
 
 
 def goes_back(c, own) -> bool:
-    """Whether --resume names a checkpoint of the run itself, other than its newest, `own`, that this very command
-    has not gone back to yet: then the newest would have been saved by it, with these flags."""
+    """Whether the run goes back to the checkpoint that --resume names: an older one of the run itself, to which this
+    very command has not gone back yet. If it had, the newest, `own`, would have been saved with these flags."""
     named, run_dir = under_runs(c.resume, c.checkpoint_dir).resolve(), c.run_dir.resolve()
     if named in (own.resolve(), run_dir, run_dir / "latest"):
         return False
@@ -560,19 +560,19 @@ def goes_back(c, own) -> bool:
 
 
 def cut_line(run_dir, step):
-    """Makes `step` the last of a run's line: what is after it is set aside, the newest first. A kill between two
-    leaves a line that is shorter, and whole."""
+    """Makes `step` the last of a run's line: sets the later ones aside, the newest first. A kill between two renames
+    leaves a line that is shorter and without a gap."""
     void = [path for path in steps(run_dir) if step_of(path) > step]
     moved = [f"{path.name} (now {set_aside(path).name})" for path in void]
     if moved:
         sync_directory(run_dir)
         print(f"checkpoint set aside: {', '.join(moved)} in {run_dir}, because training goes on from step {step}; kept "
-              "until the new checkpoints have passed it", file=sys.stderr)  # fmt: skip
+              "until the new checkpoints have reached it", file=sys.stderr)  # fmt: skip
     point(run_dir, "latest", step)
 
 
 def read_state(path) -> dict:
-    """state.json, with UserError unless its values are such as `Saver` writes: they decide where a run continues."""
+    """state.json. UserError unless its values are of the types and ranges that `Saver` writes."""
     state = read_json(path)
     limits = {"step": (int, 0), "samples_seen": (int, 0), "seconds": (float, 0)}
     good = {k: type(state.get(k)) is kind and low <= state[k] < 2**62 for k, (kind, low) in limits.items()}
@@ -585,7 +585,7 @@ def read_state(path) -> dict:
 
 @contextmanager
 def run_lock(run_dir):
-    """In it, this process alone writes to a run's directory."""
+    """Context in which this process alone writes to a run's directory. UserError names the one that does already."""
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+") as f:

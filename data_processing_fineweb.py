@@ -1,14 +1,14 @@
 """Token shards on disk, and the order in which training reads them.
 
-Notable: the order is a pure function of (seed, samples seen), so a run's place in the data is
-one integer, resuming costs nothing, and neither the number of devices nor the micro-batch
-changes which sequences form a step. Windows cross shard borders; nothing is dropped at the
-end of a shard, a batch or an epoch. Knows nothing of the model.
+    python data_processing_fineweb.py verify edu_fineweb10B     # compares every shard with its recorded hash
+
+The order is a pure function of (seed, samples seen). So a run's place in the data is one integer and resuming needs no
+search, and neither the number of devices nor the micro-batch changes which sequences form a step. Windows cross the
+borders of shards, so no token is left out. This file knows nothing of the model.
 
 Shapes: N tokens in all, T = block_size, W windows in an epoch, A micro-steps, B rows.
 """
 
-import contextlib
 import hashlib
 import io
 import mmap
@@ -35,11 +35,11 @@ IGNORE = -100  # the target of a position that has none
 HOW_TO_PREPARE = "create shards with `python prepare_fineweb.py`, or name their folder with --data_dir"
 LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # llm.c's (magic, version) -> token type
 LLMC_HEADER = 1024  # bytes: 256 little-endian int32, of which the third is the token count
-OUR_HEADER = 128  # bytes: numpy's header of a .npy with one dimension, however long
-UNFINISHED_SHARD = ".unfinished"  # ends the name of the file that a shard is before it is whole
+OUR_HEADER = 128  # bytes: numpy's header of a .npy with one dimension, for any number of tokens
+UNFINISHED_SHARD = ".unfinished"  # suffix of a shard that is being written
 WRITE_BUFFER = 2**20  # bytes
 NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
-RELEASE_BYTES = 64 * 2**20  # mapped pages are given back after this much reading
+RELEASE_BYTES = 64 * 2**20  # the kernel may drop mapped pages after this much reading
 ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
 
 # ---------------------------------------------------------------------------------------
@@ -55,10 +55,10 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """Reads the header only, and checks it against the file's size. UserError names file, found, expected."""
+    """Reads only the header, and compares it with the file's size. UserError where this is no shard of tokens."""
     try:
         size = path.stat().st_size
-        if size == 0:  # before it is opened: a named pipe has no bytes either, and would keep us waiting
+        if size == 0:  # also a named pipe, whose opening would wait for a writer
             raise UserError(f"{path}: 0 bytes, expected a .npy of uint16 or uint32 tokens")
         with open(path, "rb") as f:
             shape, dtype, offset = (read_llmc_header if path.suffix == ".bin" else read_npy_header)(path, f)
@@ -83,11 +83,11 @@ def read_npy_header(path, f):
     if start != b"\x93NUMPY":
         raise UserError(f"{path}: no .npy header (starts with {start!r}); raw tokens must be saved with numpy.save")
     f.seek(0)
-    f = io.BytesIO(f.read(NPY_HEADER))  # a header may announce 4 GB of itself, and a file would make room for them
+    f = io.BytesIO(f.read(NPY_HEADER))  # a hostile header may announce 4 GB of itself
     try:
         version = np.lib.format.read_magic(f)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        with warnings.catch_warnings(action="ignore"):  # about Python 2's numbers, or code that is none
+        with warnings.catch_warnings(action="ignore"):  # of Python's parser, about damaged headers
             shape, _, dtype = read(f)
     except KeyError as error:
         raise UserError(f"{path}: .npy version {version}, expected 1.0 or 2.0") from error
@@ -112,10 +112,10 @@ def read_llmc_header(path, f):
 
 
 class ShardWriter:
-    """Documents in, `<prefix>_000000.npy`, ... of `shard_tokens` tokens out, and a manifest last of all.
+    """Writes documents to `<prefix>_000000.npy`, ... of `shard_tokens` tokens each, and at the end a manifest.
 
-    Tokens go straight into one unfinished file with a hidden name; whole and on the disk, it becomes a shard by
-    being renamed. `owner` is part of the hidden name: two writers of the same shard at once need different ones.
+    Tokens go into one file with a hidden name. When it is complete and on the disk, it is renamed and so becomes a
+    shard. `owner` is part of the hidden name: two writers of the same shard at one time need different ones.
     """
 
     def __init__(self, directory, vocab_size, shard_tokens, prefix="shard", owner=""):
@@ -153,7 +153,7 @@ class ShardWriter:
         self.file.write(part)
 
     def flush(self):
-        """Makes a shard of what is there, if there is anything."""
+        """Makes a shard of the tokens that are not in one yet, if there are any."""
         if not self.filled:
             return
         header = io.BytesIO()
@@ -178,14 +178,14 @@ class ShardWriter:
         sync(self.file)
 
     def discard(self):
-        """Removes what is not a shard yet, after a failure."""
+        """Removes the unfinished file, after a failure."""
         if self.file is not None:
             with suppress(OSError):  # a full disk fails here once more
                 self.file.close()
         self.unfinished.unlink(missing_ok=True)
 
     def close(self, **facts) -> dict:
-        """Writes the last shard and manifest.json with `facts` in it; returns the manifest."""
+        """Writes the last shard, then manifest.json with `facts` in it. Returns the manifest."""
         self.flush()
         tokens = sum(entry["tokens"] for entry in self.shards)
         manifest = {"format_version": FORMAT_VERSION, **facts, "tokens": tokens, "shards": self.shards}
@@ -196,8 +196,8 @@ class ShardWriter:
 def find_shards(directory, split) -> tuple[list[Shard], dict]:
     """The shards of a directory in order, and its manifest ({} where it has none).
 
-    Without a manifest, build-nanogpt's .npy and llm.c's .bin files are taken in natural order; these
-    keep both splits in one folder, so where names say "train" or "val", only those of `split` count.
+    Without a manifest it takes build-nanogpt's .npy and llm.c's .bin files in natural order. These projects keep both
+    splits in one folder, so where file names contain "train" or "val", only those of `split` are taken.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -250,7 +250,7 @@ def open_manifest(directory, manifest):
 
 
 def verify(directory) -> int:
-    """Reads every shard and compares its sha256 with the manifest; returns how many. UserError names the bad one."""
+    """Compares the sha256 of every shard with the manifest; returns the number of shards. UserError names a bad one."""
     directory = Path(directory)
     manifest = read_json(directory / MANIFEST)
     for shard, entry in zip(open_manifest(directory, manifest), manifest["shards"]):
@@ -260,7 +260,7 @@ def verify(directory) -> int:
 
 
 # ---------------------------------------------------------------------------------------
-# Order. A shuffle that is computed, not stored, and that no library's next release can change.
+# Order. The shuffle is computed, not stored, by code of this file: no new version of a library changes it.
 
 
 def mix64(x):
@@ -271,7 +271,7 @@ def mix64(x):
 
 
 def key64(*numbers) -> np.ndarray:
-    """One 64-bit key, shape (1,), from several integers; each of them changes all of it."""
+    """One 64-bit key, shape (1,), from several integers. A change of any of them changes about half of its bits."""
     key = np.zeros(1, np.uint64)  # arrays, not scalars: numpy warns when scalars wrap
     for number in numbers:
         key = mix64(key + np.uint64(number % 2**64) + np.uint64(0x9E3779B97F4A7C15))
@@ -281,9 +281,9 @@ def key64(*numbers) -> np.ndarray:
 def permutation(index, n, seed, epoch, rounds=8):
     """Where a shuffle of range(n) puts `index` (an integer array in [0, n)), computed in O(1) memory.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the smallest range of 4^h numbers that holds
-    n; an image outside [0, n) is sent through again until it falls inside (cycle walking, Black &
-    Rogaway 2002), which takes fewer than four passes on average.
+    A Feistel network (Luby & Rackoff 1988) permutes the smallest range of 4^h numbers that contains range(n). A result
+    outside [0, n) is permuted again until it falls inside (cycle walking, Black & Rogaway 2002): fewer than four passes
+    on average.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits in each half
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
@@ -304,17 +304,16 @@ def permutation(index, n, seed, epoch, rounds=8):
 
 
 def advise(mapping, advice):
-    """Tells the kernel how mapped memory is used, where system and file system know this advice."""
-    with contextlib.suppress(AttributeError, OSError):
+    """Tells the kernel how mapped memory is used; no effect where system or file system lack this call."""
+    with suppress(AttributeError, OSError):
         mapping.madvise(getattr(mmap, advice))
 
 
 class FineWebDataset:
-    """All shards of a directory as one memory-mapped stream of N tokens, seen through W windows.
+    """All shards of a directory as one memory-mapped stream S of N tokens, divided into W windows.
 
-    Window w is x = S[wT : wT+T] and y = the same shifted by one; the last one is padded, with
-    targets IGNORE. So in one epoch every token but the last is an input exactly once, and every
-    token but the first a target exactly once.
+    Window w is x = S[wT : wT+T] and y = the same shifted by one; the last window is padded, with targets IGNORE. So in
+    one epoch every token but the last is an input exactly once, and every token but the first a target exactly once.
     """
 
     def __init__(self, directory, block_size, split="train", valid_vocab_size=None):
@@ -337,10 +336,8 @@ class FineWebDataset:
         out = np.empty(stop - start, np.int64)
         at = start
         while at < stop:
-            i = int(np.searchsorted(self.ends, at, side="right"))
-            shard = self.shards[i]
-            first = int(self.ends[i]) - shard.tokens
-            part = self.mapped(i)[at - first : stop - first]
+            i, offset = self.locate(at)
+            part = self.mapped(i)[offset : offset + stop - at]
             out[at - start : at - start + part.size] = part
             at += part.size
         if self.valid_vocab_size is not None and out.max() >= self.valid_vocab_size:
@@ -350,18 +347,16 @@ class FineWebDataset:
     def mapped(self, i):
         """Shard i's tokens, mapped into memory at first use.
 
-        Pages that were read are given back now and then, so that resident memory does not grow to the size of the
-        data over an epoch. UserError where the file is shorter than at the start: touching what is gone from a mapped
-        file ends the process without a word."""
+        Pages that were read are released now and then, or resident memory would grow to the size of the data over an
+        epoch. UserError where the file has become shorter: reading behind the end of a mapped file kills the process
+        without a message."""
         shard = self.shards[i]
         if i not in self.maps:
             if open_shard(shard.path) != shard:  # it may have changed since it was opened
                 raise UserError(f"{shard.path}: changed while it was in use; start again")
             with open(shard.path, "rb") as f:
                 self.maps[i] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            advise(
-                self.maps[i], "MADV_RANDOM"
-            )  # windows are shuffled: reading ahead would fetch what nobody wants next
+            advise(self.maps[i], "MADV_RANDOM")  # windows are shuffled: what lies ahead is not needed next
         if self.maps[i].size() < shard.offset + shard.tokens * np.dtype(shard.dtype).itemsize:  # the file's size now
             raise UserError(f"{shard.path}: was cut short while it was in use")
         self.unreleased += max(16 * mmap.PAGESIZE, 8 * self.block_size)  # 16: what the kernel maps around one fault
@@ -371,9 +366,13 @@ class FineWebDataset:
                 advise(m, "MADV_DONTNEED")
         return np.frombuffer(self.maps[i], shard.dtype, shard.tokens, shard.offset)
 
-    def raise_bad_token(self, at, token):
+    def locate(self, at) -> tuple[int, int]:
+        """The shard in which token `at` of the stream lies, and its place there."""
         i = int(np.searchsorted(self.ends, at, side="right"))
-        offset = at - (int(self.ends[i]) - self.shards[i].tokens)
+        return i, at - (int(self.ends[i]) - self.shards[i].tokens)
+
+    def raise_bad_token(self, at, token):
+        i, offset = self.locate(at)
         raise UserError(
             f"{self.shards[i].path}: token {token} at offset {offset:,}, but the vocabulary has "
             f"{self.valid_vocab_size:,}; these shards were made with another tokenizer"
@@ -396,7 +395,7 @@ class FineWebDataset:
         return len(windows) * self.block_size - missing * int(np.count_nonzero(windows == last))
 
     def fingerprint(self) -> str:
-        """Equal where the tokens are: from the manifest's hashes, else from sizes and both ends of each file."""
+        """Equal for equal tokens: of the manifest's hashes, else of the sizes and both ends of each file."""
         h = hashlib.sha256()
         listed = self.manifest.get("shards")
         for i, shard in enumerate(self.shards):
@@ -410,7 +409,7 @@ class FineWebDataset:
 
 @dataclass
 class Batch:
-    """One optimizer step's share for one rank."""
+    """The part of one optimizer step's global batch that one rank trains on."""
 
     start: int  # samples seen before it
     epoch: int  # of its first row
@@ -421,8 +420,10 @@ class Batch:
 
 
 class FineWebDataLoader:
-    """Global batches by position. Row r = m·(world·B) + k·B + b of the global batch goes to
-    micro-step m, rank k, row b, so neither world size nor accumulation changes which rows form a step."""
+    """Global batches by position.
+
+    Row r = m·(world·B) + k·B + b of the global batch goes to micro-step m, rank k, row b. So neither the world size nor
+    the accumulation changes which rows form a step."""
 
     def __init__(self, dataset, batch_size, global_batch, seed=0, shuffle=True, rank=0, world=1):
         if global_batch % (batch_size * world):
@@ -455,9 +456,8 @@ class FineWebDataLoader:
 class FineWebBatchIterator:
     """Batches from position `start` on, epoch after epoch, read ahead in a background thread.
 
-    Yields `Batch` with x and y on `device`. Reading ahead never moves the run's position: that is
-    the caller's integer. An error in the thread is raised here, at the batch where it happened.
-    Use as a context manager, or call close().
+    Yields `Batch` with x and y on `device`. Reading ahead does not move the run's position, which the caller keeps. An
+    error in the thread is raised here, at the batch where it happened. Use as a context manager, or call close().
     """
 
     def __init__(self, loader, start, device="cpu", prefetch=2):
@@ -470,7 +470,7 @@ class FineWebBatchIterator:
         while not self.stopped.is_set():
             try:
                 item = self.load(start)
-            except BaseException as error:  # handed to the consumer, whatever it is
+            except BaseException as error:  # passed to the thread that trains
                 item = error
             self.put(item)
             if isinstance(item, BaseException):
@@ -519,10 +519,10 @@ class FineWebBatchIterator:
 
 
 def first_windows(dataset, n_tokens, batch_size, rank=0, world=1):
-    """The unshuffled windows that cover the first n_tokens targets, as numpy (x, y) batches for one rank.
+    """For validation: the unshuffled windows that cover the first n_tokens targets, as numpy batches (x, y) of a rank.
 
-    For validation: which windows are read depends on nothing but n_tokens and the block size. Every rank
-    gets the same number of batches, so that they can act together; the last may hold no rows."""
+    The windows depend on n_tokens and the block size alone. Every rank gets the same number of batches, because ranks
+    run each batch together; the last batch may have no rows."""
     n = min(-(-n_tokens // dataset.block_size), dataset.n_windows)
     mine, most = np.arange(rank, n, world), -(-n // world)
     for i in range(0, most, batch_size):

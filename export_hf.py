@@ -508,7 +508,7 @@ def check_files(folder) -> int:
         raise UserError(f"{folder}: found no {MODEL} and no {INDEX}{there}; save it with safetensors")
     count = 0
     for path in [folder / name for name in sorted(names)]:
-        with checkpoint.opened(path) as f:
+        with checkpoint.open_tensors(path) as f:
             for name in f.keys():  # noqa: SIM118
                 if (kind := f.get_slice(name).get_dtype()) not in ("F32", "BF16", "F16"):
                     raise UserError(f"{path}: tensor {name} is {kind}, expected F32, BF16 or F16")

@@ -1,11 +1,14 @@
-"""The model: a GPT-2-style decoder with rotary position embeddings, whole, in one file.
+"""The model: a GPT-2-style decoder with rotary position embeddings (RoPE), whole, in one file.
 
-Notable: pre-norm blocks, no position table (RoPE turns q and k instead), the embedding
-matrix also serves as the output head, and the training loss is computed a block of rows
-at a time so that the full table of logits never exists.
+    model = GPT(GPTConfig())
+    loss = model(idx, targets)        # sum of the losses in nats; logits without targets
 
-Shapes: B batch, T tokens, C = n_embd channels, H heads, D = C/H channels per head,
-L layers, V = vocab_size rows of the embedding.
+Blocks normalize their input (pre-norm). There is no table of positions: RoPE turns q and k instead. The embedding
+matrix is also the output head. The training loss works on a block of rows at a time, so the full table of logits never
+exists.
+
+Shapes: B batch, T tokens, C = n_embd channels, H heads, D = C/H channels per head, L layers, V = vocab_size rows of the
+embedding.
 """
 
 import math
@@ -60,8 +63,7 @@ class GPTConfig:
 
 
 # ---------------------------------------------------------------------------------------
-# Definitions. Written out to be read; what runs is the fused or real-valued form beside
-# each, and the tests hold the two equal.
+# Definitions, written out to be read. What runs is a faster form of each, and tests hold the two equal.
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -223,8 +225,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The logits of a 124M model are its largest tensor: 16 x 1,024 rows of 50,304 floats are
     3.3 GB, and autograd would keep them, their softmax and its gradient. But the gradient of
-    a cross-entropy is known as soon as its logits are (softmax minus one-hot), so each block
-    goes all the way to its share of the gradients of x and W and is then freed. Products
+    a cross-entropy is known as soon as its logits are (softmax minus one-hot). So forward
+    computes each block's part of the gradients of x and W at once, and frees its logits. Products
     run in autocast's dtype; the softmax, the sum and the gradient of W are float32.
 
     x (N, C), weight (V, C), targets (N,) in [0, valid) or IGNORE -> scalar. Rows of W from
@@ -245,7 +247,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_x, grad_w = [], torch.zeros_like(weight, dtype=torch.float32)
         for x_rows, target in zip(x.to(dtype).split(rows), targets[:, None].split(rows)):
             chosen = target != IGNORE
-            target = target.masked_fill(~chosen, 0)  # any id will do where the product with `chosen` is 0
+            target = target.masked_fill(~chosen, 0)  # any valid id: the loss of such a row is multiplied by 0
             logits = torch.where(column < valid, (x_rows @ w.t()).float(), -math.inf)  # (rows, V)
             log_p = F.log_softmax(logits, -1)
             total = total - (log_p.gather(1, target) * chosen).sum()
@@ -253,7 +255,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_logits = (log_p.exp() - (column == target).float()).to(dtype)
                 grad_x.append((d_logits @ w) * chosen)
                 grad_w = grad_w + d_logits.t() @ (x_rows * chosen)
-            logits = log_p = d_logits = None  # freed before the next block's are made
+            logits = log_p = d_logits = None  # free this block's memory before the next block needs it
         if train:
             ctx.save_for_backward(torch.cat(grad_x).to(x.dtype), grad_w)
         return total

@@ -1,11 +1,12 @@
-"""Muon: a step along the gradient's directions, all of them equally far (Jordan et al. 2024).
+"""Muon: an optimizer that steps equally far along every direction of a matrix's gradient (Jordan et al. 2024).
 
-Notable: the gradient of a weight matrix is dominated by a few directions, and a step along it, AdamW's too, mostly
-repeats those. Muon takes the momentum of the gradient, sets all of its singular values to about one by five
-matrix polynomials (no decomposition is computed), and steps along that. It suits the matrices inside the blocks; the
-embedding, a table of rows, and all vectors stay with AdamW, from which this class inherits, so a run still
-has one optimizer. torch.optim.Muon is the same rule for one matrix at a time, in bfloat16 always, which CPUs without
-such instructions multiply thirty times more slowly than float32; a test holds the two together.
+    optimizer = Muon(model.parameter_groups(weight_decay=0.1), lr=2.4e-3, betas=(0.9, 0.95))
+
+A few directions dominate the gradient of a weight matrix, and the steps of AdamW mostly repeat these. Muon takes the
+momentum of the gradient and sets all of its singular values to about one, by five matrix polynomials and without a
+decomposition. It is for the matrices inside the blocks. The embedding and all vectors stay with AdamW, from which this
+class inherits, so that a run has one optimizer. torch.optim.Muon has the same rule, one matrix at a time and always in
+bfloat16, which CPUs without such instructions multiply thirty times more slowly than float32. A test compares the two.
 """
 
 import torch

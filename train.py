@@ -141,19 +141,17 @@ def build(c: TrainConfig, rt, valid_vocab_size) -> Net:
     model = GPT(c.model_config(valid_vocab_size))
     model.grad_checkpoint = c.grad_checkpoint
     if c.fsdp:  # evaluation and sampling enter the model by features and logits
-        model = runtime.shard(model, rt, blocks=model.h, entries=("features", "logits"))
+        model = runtime.apply_fsdp(model, rt, blocks=model.h, entries=("features", "logits"))
     else:
         model = model.to(rt.device)
     kind = {"adamw": torch.optim.AdamW, "muon": Muon}[c.optimizer]
     groups = model.parameter_groups(c.weight_decay, c.lr_scale(c.embed_lr), c.lr_scale(c.vector_lr))
     optimizer = kind(groups, lr=c.lr, betas=(0.9, c.beta2), eps=1e-8, fused=rt.device.type != "mps")
     step_model = model
-    if c.compile == "on":
-        runtime.refuse_to_compile(rt.device)
-    if c.compile == "on" or (c.compile == "auto" and runtime.compiles(rt.device) and not c.fsdp):
+    if not c.fsdp and runtime.should_compile(c.compile, rt.device):
         step_model = torch.compile(step_model)  # fixed shapes only: evaluation and sampling use `model`
     if not c.fsdp:
-        step_model = runtime.replicate(step_model, rt)
+        step_model = runtime.apply_ddp(step_model, rt)
     return Net(model, step_model, optimizer, torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16"))
 
 
@@ -205,12 +203,12 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     net.scaler.unscale_(net.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(net.model.parameters(), c.grad_clip or math.inf)
     norm = norm.full_tensor() if c.fsdp else norm
-    sums = rt.sum_later(loss_sum, batch.checksum, rt.stop_asked())
+    sums = rt.sum(loss_sum, batch.checksum, rt.stop_asked())
     bad = ~(norm.isfinite() & sums[0].isfinite().to(norm.device)) | (norm == 0)
     lr = lr_at(at.step, c)
     for group in net.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    runtime.update(net.optimizer, skip=bad)
+    runtime.optimizer_step(net.optimizer, skip=bad)
     net.scaler.update()
     net.optimizer.zero_grad(set_to_none=True)
     at = Position(at.step + 1, at.samples_seen + c.global_batch, at.seconds)
@@ -286,7 +284,7 @@ def validate(c: TrainConfig, rt, model, data: Data) -> dict:
         y = y[y != IGNORE]
         targets += y.numel()
         text_bytes += 0 if sizes is None else int(sizes[y].sum())
-    nats, targets, text_bytes = rt.sum(nats, targets, text_bytes)
+    nats, targets, text_bytes = rt.sum(nats, targets, text_bytes).tolist()
     loss = nats / targets
     bits = nats / math.log(2) / text_bytes if text_bytes else None
     return {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits, "targets": int(targets)}

@@ -264,7 +264,7 @@ def measure_saving(work, args):
         content = (step, model.config, tensors, {"step": step}, NoTokenizer())
         write, path = timed(lambda content=content: checkpoint.save(work, *content))
         probe, _ = timed(lambda path=path: checkpoint.verify(path))
-        checkpoint.rotate(work, 1)
+        checkpoint.remove_old(work, 1)
         if step:  # the first one warms up
             stalls.append(stall), writes.append(write), probes.append(probe)
     print(f"{model.num_parameters():,} parameters on {args.device}, {size / 1e9:.2f} GB, {args.repeats} saves")

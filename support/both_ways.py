@@ -1,4 +1,4 @@
-"""Is what torch computes in its fast way right? One micro-batch, both ways, before a run begins."""
+"""A check before training: does the fast way (compiled, or half precision on MPS) compute the right gradient?"""
 
 from contextlib import nullcontext
 
@@ -8,11 +8,12 @@ from support.cli import UserError
 
 
 def refuse_wrong_products(net, rt, batch_size, dropout):
-    """UserError where one micro-batch has another loss or gradient than in the plain way: eager, and on MPS in float32.
+    """Computes one micro-batch in the fast and in the plain way: eager, and on MPS in float32. UserError where the loss
+    or the norm of the gradient differ.
 
-    torch 2.11 compiled the gradients of an earlier version of this model to zeros, and on MPS it had wrong products in
-    half precision (pytorch issue 180776); the loss looked right. `net` has model, step_model and optimizer; no random
-    stream, weight or gradient of it is changed. batch_size: rows of a micro-batch."""
+    torch 2.11 compiled the gradients of an earlier version of this model to zeros, and had wrong products in half
+    precision on MPS (pytorch issue 180776); the loss looked right. `net` has model, step_model and optimizer; its
+    weights and gradients and torch's random state stay as they are. batch_size: rows of a micro-batch."""
     step_model = getattr(net.step_model, "module", net.step_model)  # DDP's
     half = rt.device.type == "mps" and rt.dtype != "float32"
     if step_model is net.model and not half:
@@ -34,7 +35,7 @@ def refuse_wrong_products(net, rt, batch_size, dropout):
     kept = net.model.grad_checkpoint
     with torch.random.fork_rng([rt.device] if rt.device.type == "cuda" else []):
         loss, norm = both(step_model, rt.autocast())
-        net.model.grad_checkpoint = True  # the eager way takes more memory, so it keeps less
+        net.model.grad_checkpoint = True  # eager code takes more memory than compiled code
         try:
             plain_loss, plain_norm = both(net.model, nullcontext() if half else rt.autocast())
         finally:

@@ -11,8 +11,8 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-Each program imports this module before any package that has to be installed (pyproject.toml keeps that order): where
-such a package is missing, one line says so, see `say_missing_package`.
+Each program imports this module before any installed package. Where such a package is missing, one line says so, see
+`say_missing_package`.
 """
 
 import argparse
@@ -27,15 +27,15 @@ from pathlib import Path
 
 from support.terminal import ReaderLeft, open_streams, refuse_unread
 
-LONGEST = 4000  # characters of a message; a hostile file may want to be quoted at any length
+LONGEST = 4000  # characters of a message, which may quote from a damaged file
 REQUIRED = MISSING  # as the default of a flag: it must be given
 ROOT = Path(__file__).resolve().parent.parent
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message says what was found, what was expected, what to do.
+    """A mistake that the user can correct. The message says what was found, what was expected, what to do.
 
-    As text it is one line that a terminal shows as it is, whatever name or value it quotes."""
+    Its text is one line of printable characters, also where it quotes a strange name or value."""
 
     def __str__(self):
         text = super().__str__()
@@ -44,7 +44,7 @@ class UserError(ValueError):
 
 
 def one_line(error) -> str:
-    """What a library raised, for the middle of a message."""
+    """An error of a library, to be quoted in a message."""
     return " ".join(str(error).split())[:200]
 
 
@@ -57,10 +57,10 @@ def flag(default, help, *, at_least=None, above=None, below=None, at_most=None, 
     """A field of a configuration that is also a flag of the command line.
 
     Its type is str, int, float, bool, Path, one of these or None, or a tuple of one of these for several values.
-    `at_least`, `above`, `below`, `at_most` and `choices` limit each value; None, where the type allows it, is always
-    good. `help` says what the value is for; a default that is not in the field is told at its end: "; default: all".
-    `unit` (tokens, FILE ...) stands for the value in --help. `group` is a heading in --help, over this field
-    and those that follow it. A `positional` value is given without its name.
+    `at_least`, `above`, `below`, `at_most` and `choices` limit each value, but not None. `help` says what the value is
+    for; it may end with "; default: ..." where the field's own default would not explain itself. `unit` (tokens, file)
+    stands for the value in --help. `group` is a heading in --help above this field and the following ones. A
+    `positional` value is given without its name.
     """
     limits = dict(at_least=at_least, above=above, below=below, at_most=at_most)
     about = dict(help=help, limits=limits, choices=choices, unit=unit, group=group, positional=positional)
@@ -92,7 +92,7 @@ def range_of(f) -> str:
 
 
 def within(f, value) -> bool:
-    """Whether a number keeps the field's limits. NaN and infinity never do."""
+    """Whether a number is finite and within the field's limits."""
     limits = f.metadata["limits"]
     tests = {"at_least": float.__ge__, "above": float.__gt__, "below": float.__lt__, "at_most": float.__le__}
     kept = (limit is None or tests[k](float(value), float(limit)) for k, limit in limits.items())
@@ -106,7 +106,7 @@ def did_you_mean(word, known) -> str:
 
 
 def type_problems(config) -> list[str]:
-    """Every value of a type that the field does not have, or beyond 64 bits: nothing can be computed from these."""
+    """One line for each value of a wrong type or beyond 64 bits; [] if there is none."""
     found = []
     for f, kind, several, optional in flags_of(type(config)):
         value = getattr(config, f.name)
@@ -125,7 +125,7 @@ def type_problems(config) -> list[str]:
 
 
 def range_problems(config) -> list[str]:
-    """Every value that its field does not allow, a line each; [] if there is none."""
+    """One line for each value that its field does not allow; [] if there is none."""
     found = type_problems(config)
     if found:
         return found
@@ -146,7 +146,7 @@ def range_problems(config) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one line too, not a page of usage; flags cannot be abbreviated."""
+    """argparse with one line for a wrong flag instead of a page of usage. Flags cannot be abbreviated."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
@@ -177,7 +177,7 @@ def default_of(f, several) -> str:
 
 
 def add_flag(group, f, kind, several):
-    """Adds one field to a group of a parser. What is not given on the command line is left out of the result."""
+    """Adds one field to a group of a parser, without a default: the result has only the flags that were given."""
     about = f.metadata
     what, _, default = about["help"].partition("; default: ")
     if not default:
@@ -188,7 +188,7 @@ def add_flag(group, f, kind, several):
     how = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
     if kind is bool:
         group.add_argument(f"--{f.name}", action="store_true", **how)
-        if not f.name.startswith("no_"):  # takes back what a preset or an earlier start of the run has set
+        if not f.name.startswith("no_"):  # --no_NAME overrides what a preset or an earlier start of the run has set
             hidden = how | {"help": argparse.SUPPRESS}
             group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", **hidden)
         return
@@ -204,7 +204,7 @@ def add_flag(group, f, kind, several):
 
 
 def read_flags(Config, argv=None, description=None, examples=()) -> dict:
-    """What the command line gives, by field; fields that are not given are not in it. UserError for what is wrong.
+    """The flags that the command line gives, by field name. UserError with everything that is wrong.
 
     `argv` is sys.argv's without the program. --help ends with the examples, each a command.
     """
@@ -237,8 +237,8 @@ def refuse(problems):
 
 
 def run(main) -> int:
-    """Exit code of a script: main()'s own, or 2 after a UserError or where the system refuses (a full disk, a missing
-    permission, a name too long, a file of output that is incomplete). A closed pipe changes nothing."""
+    """Runs a program; returns its exit code: main()'s own, or 2 after a UserError or an OSError such as a full disk. An
+    output that nobody reads any more (`| head -1`) is no error."""
     open_streams()
     try:
         code = main() or 0
@@ -257,16 +257,16 @@ def run(main) -> int:
 
 
 def explain(error) -> str:
-    """An error in words: of one of the system the files, then what it said, without its number."""
+    """An error as text; for one of the system the files first, and without its number."""
     files = [str(name) for name in (getattr(error, "filename", None), getattr(error, "filename2", None)) if name]
     return f"{' -> '.join(files)}: {error.strerror}" if files and error.strerror else str(error)
 
 
 def say_missing_package(kind, error, traceback):
-    """What Python calls for an error that nobody caught: of a package that is not installed, one line and exit code 2.
+    """Python's hook for errors that nobody caught: one line and exit code 2 for a package that is not installed.
 
-    The programs import packages at the top, before any code of theirs could catch this. A module of the repository
-    or of Python itself that is missing keeps its traceback."""
+    A hook, because programs import packages before any of their code could catch the error. A missing module of the
+    repository or of Python itself keeps its traceback."""
     name = (getattr(error, "name", None) or "").partition(".")[0]
     ours = not name or (ROOT / name).is_dir() or name in sys.stdlib_module_names
     if not issubclass(kind, ModuleNotFoundError) or ours:

@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all, whatever happens to the machine meanwhile, and locks on them.
+"""Writing files that are complete or absent, also after a crash or a power cut; locks; JSON; hashes.
 
-Network, FUSE and shared file systems lack some calls. What one of them cannot do is done without, with one warning.
+Network, FUSE and shared file systems lack some calls. There the work goes on without the call, with one warning.
 """
 
 import errno
@@ -18,13 +18,13 @@ from pathlib import Path
 from support.cli import UserError
 
 UNFINISHED = ".tmp"  # suffix of a file that is being written
-JSON_LIMIT = 64 * 2**20  # bytes; no JSON file of ours comes near it, and a hostile one stops here
+JSON_LIMIT = 64 * 2**20  # bytes, far more than any JSON file of this project has
 
-# What a file system answers to a call that it does not know or does not allow. A full or failing disk is not in it.
+# The errors of a call that a file system does not know or does not allow; not those of a full or failing disk.
 UNSUPPORTED = {
     errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES, errno.EBADF,
 }  # fmt: skip
-TAKEN = {errno.EWOULDBLOCK, errno.EACCES}  # what a lock answers that another process holds
+TAKEN = {errno.EWOULDBLOCK, errno.EACCES}  # the errors of a lock that another process holds
 
 
 @cache  # each text is printed once
@@ -34,7 +34,7 @@ def warn_once(text):
 
 @contextmanager
 def done_without(path, what):
-    """Context of a call about `path` that a file system may lack. Then a warning says `what`, and the work goes on."""
+    """Context of a call that a file system may lack: then it prints the warning `what` and goes on."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def done_without(path, what):
 
 
 def write_whole(path, *parts):
-    """Writes bytes-like parts under a temporary name, flushes to the disk, renames: nobody sees half a file."""
+    """Writes bytes-like parts to a temporary file, flushes it to the disk, renames it: nobody sees half a file."""
     path = Path(path)
     if not path.name:  # "." or "/"
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -63,7 +63,7 @@ def write_whole(path, *parts):
 
 
 def sync(file):
-    """Brings what was written to an open file, and flushed, to the disk."""
+    """Flushes the operating system's buffers of an open file to the disk."""
     with done_without(file.name, "does not flush files: a power cut may lose those that were written last"):
         os.fsync(file.fileno())
 
@@ -88,10 +88,10 @@ def copy_permissions(source, path):
 
 @contextmanager
 def locked(file, taken, wait=0.0):
-    """In it, this process alone holds an open file or directory; closing it, or a crash, frees it.
+    """Context in which this process alone holds the lock of an open file or directory; a crash frees it too.
 
-    UserError with the words of `taken()` where another process has held it for `wait` seconds. Where the file system
-    keeps no locks there is a warning instead."""
+    UserError with the text of `taken()` where another process still holds it after `wait` seconds. Only a warning where
+    the file system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows has no flock; there the lock is not kept
@@ -113,7 +113,7 @@ def locked(file, taken, wait=0.0):
 
 
 def write_json(path, value):
-    """Leaves a file that says just this already as it is."""
+    """Writes a JSON file, unless the file has this content already."""
     content = (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
     path = Path(path)
     if not (path.is_file() and path.read_bytes() == content):

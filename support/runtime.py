@@ -1,7 +1,7 @@
 """The machine: device, precision, processes, signals. Every question about it is asked here.
 
-Notable: an unknown GPU has no peak and so no MFU, rather than a wrong one; one process and many
-run the same code, because every call here is also right for a world of one.
+One process and many run the same code: every call here is also right for a single process. Where this file does not
+know a fact, such as the peak speed of a new GPU, it says None and does not guess.
 """
 
 import ctypes
@@ -109,22 +109,20 @@ def lacks_to_compile(device) -> str | None:
     return None if header.exists() else f"Python's headers ({header}, of a package such as python3-dev)"
 
 
-def compiles(device) -> bool:
-    """Whether compiling pays there: on CUDA, where Triton has what it needs and knows the card."""
-    if device.type != "cuda" or lacks_to_compile(device):
-        return False
-    return torch.cuda.get_device_capability(device) >= (7, 0)
-
-
-def refuse_to_compile(device):
-    """UserError where torch.compile was asked for and cannot work."""
-    if lacking := lacks_to_compile(device):
+def should_compile(choice, device) -> bool:
+    """Whether to compile, by --compile: "auto" does on CUDA, where Triton has what it needs and knows the card.
+    UserError where "on" cannot work."""
+    lacking = None if choice == "off" else lacks_to_compile(device)
+    if choice == "on" and lacking:
         raise UserError(f"--compile on needs {lacking}; install it, or train with --compile off")
+    if choice == "auto":
+        return device.type == "cuda" and not lacking and torch.cuda.get_device_capability(device) >= (7, 0)
+    return choice == "on"
 
 
 @contextmanager
 def compile_advice():
-    """Turns a failure within torch.compile, which fills pages, into a UserError."""
+    """Turns a failure within torch.compile, whose message is pages long, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -134,32 +132,37 @@ def compile_advice():
         raise UserError(f"torch.compile failed ({why}); --compile off trains without it") from error
 
 
-def is_sharded(t):
-    return hasattr(t, "full_tensor")  # a DTensor; importing it takes a second that most runs need not pay
+# ---------------------------------------------------------------------------------------
+# Several processes: DDP and FSDP.
+
+
+def is_dtensor(t):
+    """Whether t is a tensor of FSDP's, of which each rank holds a part."""
+    return hasattr(t, "full_tensor")  # importing DTensor for isinstance takes a second
 
 
 def gathered(t):
-    """The whole tensor, on every rank, which all must call this; itself if it is not sharded."""
-    return t.full_tensor() if is_sharded(t) else t
+    """The whole tensor on every rank; all ranks must call this together. Other tensors are returned as they are."""
+    return t.full_tensor() if is_dtensor(t) else t
 
 
 def laid_out_like(own, t):
-    """This rank's part of a whole tensor that every rank has, if `own` is sharded; else all of it."""
-    if not is_sharded(own):
+    """This rank's part of the whole tensor t where `own` is one of FSDP's, else t."""
+    if not is_dtensor(own):
         return t
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t.to(own.device, own.dtype), own.device_mesh, own.placements, src_data_rank=None)
 
 
-def shard(model, rt, blocks, entries):
-    """FSDP2 (Zhao et al. 2023): each rank keeps its part of every tensor of `model` and gathers that of one of its
-    `blocks` when it is used. entries: names of the methods besides forward by which the model is entered."""
+def apply_fsdp(model, rt, blocks, entries):
+    """FSDP2 (Zhao et al. 2023): each rank keeps a part of every tensor, and gathers the parts of one of the `blocks`
+    when it is used. entries: names of the methods besides forward by which the model is entered."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(rt.device.type, (rt.world,))
-    half = None if rt.dtype == "float32" else DTYPES[rt.dtype]  # a block's weights travel as its products need them
+    half = None if rt.dtype == "float32" else DTYPES[rt.dtype]  # weights are sent in the precision of the products
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -169,30 +172,29 @@ def shard(model, rt, blocks, entries):
     return model
 
 
-def replicate(model, rt):
+def apply_ddp(model, rt):
     """DDP: each rank keeps all of the model, and a backward pass averages the gradients. One process: the model."""
     if rt.world == 1:
         return model
-    # buffers (RoPE's angles) are constants: nothing is to be sent before each forward pass
+    # the buffers (RoPE's angles) are constants and need not be sent before each forward pass
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def sync_gradients(model, now):
-    """Context of a backward pass: `now` averages the gradients over the ranks; otherwise a later one does.
-
-    model: as `shard` or `replicate` returned it."""
+    """Context of a backward pass that averages the gradients over the ranks if `now`, and leaves it to a later one if
+    not. model: as `apply_fsdp` or `apply_ddp` returned it."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
         model.set_requires_gradient_sync(now)
         return nullcontext()
     return nullcontext() if now or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def update(optimizer, skip):
-    """optimizer.step(), or nothing at all where `skip`, a bool tensor with one element, is true. A fused optimizer
-    decides that on the device, so that nobody waits for it."""
+def optimizer_step(optimizer, skip):
+    """optimizer.step(), unless `skip`, a bool tensor with one element, is true. A fused optimizer reads `skip` on the
+    device, so that Python need not wait for its value."""
     parameters = optimizer.param_groups[0]["params"]
-    if optimizer.defaults.get("fused") and not is_sharded(parameters[0]):
-        optimizer.found_inf = skip.float()  # by this name torch's scaler for fp16 tells an optimizer to skip
+    if optimizer.defaults.get("fused") and not is_dtensor(parameters[0]):
+        optimizer.found_inf = skip.float()  # torch's scaler for fp16 uses this attribute to skip a step
         optimizer.step()
     elif not skip:
         optimizer.step()
@@ -205,7 +207,7 @@ def autocast(device, dtype):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where one process of a run stands. As a context it leaves the process group at the end."""
+    """One process of a run: its device, precision and rank. As a context it leaves the process group at the end."""
 
     device: torch.device
     dtype: str  # of matrix products: a key of DTYPES
@@ -225,30 +227,28 @@ class Runtime:
         return self.rank == 0
 
     def stop_asked(self) -> bool:
-        """Whether this process wants the run to stop: a signal came, or what it does in the background failed."""
+        """Whether this process wants the run to stop: a signal came, or a checkpoint could not be written."""
         return bool(self.signals.received or self.signals.failed)
 
     def poll(self):
         """Raises Stopped on every rank if one wants to stop. All ranks call it together, between two batches."""
-        if self.sum(self.stop_asked())[0]:
+        asked = self.stop_asked()
+        if asked if self.world == 1 else self.sum(asked)[0]:
             raise Stopped
 
     def autocast(self):
         return autocast(self.device, self.dtype)
 
-    def sum(self, *values) -> list[float]:
-        """Each value (number or one-element tensor) summed over ranks, in float64."""
-        return self.reduce(torch.tensor([float(v) for v in values], dtype=torch.float64)).tolist()
-
-    def sum_later(self, *values):
-        """`sum` as one float64 tensor where the gradients are: on a GPU nobody waits for it."""
+    def sum(self, *values):
+        """Each value (number or one-element tensor) summed over ranks: a float64 tensor, on CUDA where CUDA is used,
+        so that Python need not wait for the GPU."""
         device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
         options = dict(dtype=torch.float64, device=device)
         parts = [v.to(**options) if torch.is_tensor(v) else torch.full((), float(v), **options) for v in values]
         return self.reduce(torch.stack(parts))
 
     def read_later(self, tensor):
-        """A function that returns the tensor's values as a list; only its call waits for a GPU."""
+        """A function that returns the tensor's values as a list, and waits for a GPU only when it is called."""
         copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # into pinned memory
         wait = self.so_far()
 
@@ -259,7 +259,7 @@ class Runtime:
         return read
 
     def so_far(self):
-        """A function that waits until a GPU has done what it has been asked to do so far."""
+        """A function that waits until the GPU has finished the work that it has been given up to now."""
         if self.device.type != "cuda":
             return lambda: None
         done = torch.cuda.Event()
@@ -274,8 +274,8 @@ class Runtime:
         return tensor
 
     def from_main(self, function):
-        """function() on rank 0, its result on every rank. If it fails there it fails everywhere, so that nobody
-        waits for ever; a UserError is said by rank 0 alone."""
+        """function() on rank 0; all ranks get its result. If it fails, every rank raises, so that none waits for ever;
+        a UserError is printed by rank 0 alone."""
         if self.world == 1:
             return function()
         box, mine = [None], None
@@ -336,9 +336,8 @@ def peak_flops(device_name) -> float | None:
 
 
 def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Runtime:
-    """Joins the process group if torchrun started this process (gloo on CPU, nccl on CUDA). A process that
-    waits `timeout` seconds for another gives up; with nccl, torch's watchdog then ends the process itself.
-    deterministic: the same bits from the same commands on CUDA too, see `be_deterministic`."""
+    """Joins the process group if torchrun started this process: gloo on CPU, nccl on CUDA. A process that has waited
+    `timeout` seconds for another gives up. deterministic: see `be_deterministic`."""
     if deterministic:
         be_deterministic()
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -355,8 +354,8 @@ def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Run
 
 
 def tune(device):
-    """Settings of torch and of the C library that make every program here faster. On CUDA, products of float32
-    tensors may use TF32, which rounds their inputs to 10 bits; on a CPU the heap keeps its pages."""
+    """Faster settings of torch and of the C library. On CUDA, products of float32 tensors may use TF32, which rounds
+    their inputs to 10 bits; on a CPU, freed memory is kept."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     else:
@@ -364,8 +363,8 @@ def tune(device):
 
 
 def be_deterministic():
-    """From here on CUDA gives the same bits for the same work: no atomic additions, attention and products by
-    algorithms that repeat their sums, and no tuning by the clock in the compiler. To be called before CUDA is used."""
+    """From here on CUDA gives the same bits for the same work: without atomic additions, and without choosing kernels
+    by measured time. To be called before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
@@ -375,25 +374,21 @@ def be_deterministic():
         compiler.deterministic = True
 
 
-@contextmanager
 def attention_of_any_shape():
-    """Context for attention whose shapes differ from call to call. cuDNN's kernel plans each new shape for some
-    30 ms, and a cache of keys is one longer with each token; so another kernel is taken. No effect off CUDA."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    """Context for attention whose shapes differ from call to call, as with a cache that grows by each token. It leaves
+    out cuDNN's kernel, which takes about 30 ms to plan each new shape. No effect off CUDA."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def sample_faster(model, dtype):
-    """Makes a model sample faster with products in `dtype`, in place; its modules and shapes stay. Returns it.
+    """Makes a model sample faster with products in `dtype`, in place: its modules and shapes stay. Returns it.
 
-    In 16 bits each matrix is stored once in the precision of its products; autocast would cast it again and again.
-    In float32 on a CPU the products are shared over the threads, and matrices that are not wider than high are
-    stored by columns: a thread reads rows of 768 channels at 15 GB/s, columns at 24 (AMD Milan, torch 2.13 with MKL).
-    Not for a model in training: the optimizer's state and DDP's buckets have the other form."""
+    In 16 bits each matrix is stored once in that precision; autocast would convert it for every token. In float32 on a
+    CPU the threads share each product, and matrices at least as high as wide are stored by columns: a thread reads
+    columns of 768 channels at 24 GB/s and rows at 15 (AMD Milan, torch 2.13 with MKL).
+    Not for a model in training: the optimizer's state and DDP's buckets have the other layout."""
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     head, product = model.wte.weight, torch.nn.functional.linear
     if dtype != "float32":
@@ -407,7 +402,7 @@ def sample_faster(model, dtype):
                 p.data = p.data.t().contiguous().t()
         for module in linear:
             module.forward = functools.partial(multiply, weight=module.weight, bias=module.bias)
-    valid = model.config.valid_vocab_size  # rarely divides by anything; all rows of the embedding do
+    valid = model.config.valid_vocab_size  # cut off after the product: all rows divide evenly among the threads
     model.logits = lambda x: product(x.to(head.dtype), head)[..., :valid]
     return model
 
@@ -415,9 +410,8 @@ def sample_faster(model, dtype):
 def multiply(x, weight, bias=None):
     """F.linear in as many parts as there are threads: x (..., K), weight (N, K) -> (..., N).
 
-    A product with one or a few vectors takes as long as reading the matrix, and MKL leaves it to one thread (or two
-    that gain nothing); but a batch of products it shares out. So each thread gets its part of the rows. A small
-    matrix is read before another thread is awake."""
+    A product with one vector takes as long as reading the matrix, and MKL gives it to one thread. A batch of products
+    is shared among all threads, so each of them gets a part of the rows. Small matrices are not worth sharing."""
     if weight.numel() < SHARED:
         return torch.nn.functional.linear(x, weight, bias)
     parts = weight.unflatten(0, (math.gcd(len(weight), torch.get_num_threads()), -1))  # (S, N/S, K)
@@ -427,11 +421,11 @@ def multiply(x, weight, bias=None):
 
 
 def store_of_attempt(timeout):
-    """Where the processes of one host find each other, apart from those of an attempt that torchrun has given up.
+    """A store by which the processes of one host find each other, with the number of torchrun's attempt in its keys.
 
-    torchrun restarts a job with the store of the job that failed, in which a process may read the address of
-    one that is dead (pytorch issue 135712). None leaves it to torch: with several hosts no number of the attempt is
-    known to all of them, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment does the same."""
+    torchrun restarts a failed job with the same store, in which a process may read the address of a process that is
+    dead (pytorch issue 135712). None leaves the choice to torch: with several hosts not all of them know the number of
+    the attempt; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment has this effect."""
     one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if not (one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
         return None
@@ -441,8 +435,8 @@ def store_of_attempt(timeout):
 
 
 def keep_freed_memory():
-    """Lets glibc reuse large freed blocks instead of giving them back to the kernel, which clears each
-    page anew: on a CPU that is a fifth of a training step with GPT-2's vocabulary. No-op elsewhere."""
+    """Lets glibc reuse large freed blocks. Otherwise it returns them to the kernel, which fills each page with zeros
+    again: on a CPU a fifth of a training step with GPT-2's vocabulary. No effect with another C library."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError):  # not glibc
@@ -452,10 +446,10 @@ def keep_freed_memory():
 
 
 def stop():
-    """Leaves the process group, whose object is kept until the process ends.
+    """Leaves the process group, but keeps the group's object until the process ends.
 
-    Otherwise DDP's model may be the last to hold it. DDP frees it with Python's lock held and waits for a thread of
-    gloo, which may be waiting for that lock: the process hangs after its work is done (seen with torch 2.13)."""
+    Otherwise DDP's model may hold the last reference. DDP then frees it with Python's lock held and waits for a thread
+    of gloo, which may be waiting for that lock: the process hangs after its work is done (seen with torch 2.13)."""
     torch.use_deterministic_algorithms(False)
     if dist.is_initialized():
         left_groups.append(dist.group.WORLD)
@@ -466,7 +460,7 @@ left_groups = []  # see `stop`
 
 
 def out_of_memory(error) -> bool:
-    """Whether an error means that the device has no memory left; a CPU's allocator has no type of its own for it."""
+    """Whether the device has no memory left; a CPU's allocator has no exception type of its own for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -489,17 +483,17 @@ def lost_peer(error) -> bool:
 
 
 class Stopped(Exception):
-    """A signal asks the run to stop; raised on every rank at the same place."""
+    """The run is asked to stop. Every rank raises it at the same place."""
 
 
 class StopSignals:
     """Context in which SIGTERM, SIGUSR1 (Slurm's notice), SIGHUP (the terminal was closed) and Ctrl-C only set
-    `.received`, to be looked at where the run can stop without loss. A second Ctrl-C exits at once. Where SIGHUP
-    was ignored from the start, as nohup does, it stays so."""
+    `.received`, which the run reads where it can stop without loss. A second Ctrl-C exits at once. SIGHUP stays
+    ignored where it was ignored before, as nohup does."""
 
     NAMES = ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
     received = 0
-    failed = False  # set by a thread of the run that could not do its work, such as writing a checkpoint
+    failed = False  # set by the thread that writes checkpoints when it cannot
 
     def __enter__(self):
         self.before = {}
@@ -527,7 +521,7 @@ class StopSignals:
 
 
 def git_commit() -> str | None:
-    """The commit of this code; None where git is not installed, refuses (no repository, another owner's), or hangs."""
+    """The commit of this code; None without git, without a repository, or where git does not answer in time."""
     how = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_SECONDS, cwd=Path(__file__).parent)
     try:
         return subprocess.run(["git", "rev-parse", "HEAD"], check=True, **how).stdout.decode(errors="replace").strip()

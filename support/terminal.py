@@ -1,7 +1,7 @@
-"""Standard output and error that may fail: what nobody can receive is dropped, so that the work goes on.
+"""Printing that cannot end a program: text that cannot be written is dropped, and the work goes on.
 
-`cli.run` calls `open_streams` for every program. A pipe's reader leaves, a terminal is closed, a disk is full, an
-encoding lacks a character: none of it may end a training or a preparation.
+A pipe's reader may leave, a terminal be closed, a disk be full, an encoding lack a character. `cli.run` calls
+`open_streams` for every program.
 """
 
 import io
@@ -13,7 +13,7 @@ from contextlib import suppress
 
 
 class Talk(io.FileIO):
-    """Standard output or error below Python's buffers. What cannot be written is dropped, so that the work goes on."""
+    """Standard output or error below Python's buffers. It drops what it cannot write."""
 
     lost = None  # the first error
 
@@ -31,7 +31,7 @@ def open_streams():
     """Makes printing safe: a reader may leave, a stream may be closed, its encoding may lack characters."""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed: occupy its number, or a file opened later gets it, and what C code prints too
+        if stream is None:  # closed: take its number, or the next file that is opened gets it and what C code prints
             null = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(null, True)
             mode = "r" if name == "stdin" else "w"
@@ -45,7 +45,7 @@ def open_streams():
 
 
 def raw_of(stream):
-    """What is below the buffers of a text stream; None if it is none of the system's."""
+    """The unbuffered stream below a text stream; None if there is none."""
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)  # PYTHONUNBUFFERED leaves the buffer out
 
@@ -62,7 +62,7 @@ class ReaderLeft(Exception):
 
 
 def refuse_unread():
-    """For a program whose work is what it prints: ReaderLeft if nobody reads it, OSError if a file cannot hold it."""
+    """For a program whose result is its output: ReaderLeft if nobody reads it, OSError if a file lacks a part of it."""
     raw = raw_of(sys.stdout)
     if error := getattr(raw, "lost", None):
         if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):

@@ -164,7 +164,7 @@ def test_a_config_that_is_older_than_a_field_of_it_is_read(run_dir):
 
 
 def test_rotation_keeps_the_newest_and_the_best(run_dir):
-    checkpoint.rotate(run_dir, keep_last=1, best_step=1)
+    checkpoint.remove_old(run_dir, keep_last=1, best_step=1)
     assert [p.name for p in checkpoint.steps(run_dir)] == ["step_00000003", "step_00000001"]
     assert read_json(run_dir / "latest.json")["step"] == 3
 

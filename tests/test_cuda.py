@@ -249,7 +249,7 @@ def test_ddp_on_one_rank_gives_the_losses_of_one_process(on_gpu):
     train(plain)
     script = (
         "import sys, train; from support import runtime; from torch.nn.parallel import DistributedDataParallel as DDP;"
-        "runtime.replicate = lambda model, rt: DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False);"
+        "runtime.apply_ddp = lambda model, rt: DDP(model, gradient_as_bucket_view=True, broadcast_buffers=False);"
         "real = runtime.start; import torch.distributed as dist;"
         "runtime.start = lambda *a: (dist.init_process_group('nccl', 'tcp://127.0.0.1:29577', rank=0, world_size=1),"
         " real(*a))[1]; sys.exit(train.main(sys.argv[1:]))"

@@ -248,7 +248,7 @@ def test_newest_is_by_step_not_by_time(short):
     for i, path in enumerate(checkpoint.steps(short.run_dir)):
         os.utime(path, (1e9 + i, 1e9 + i))  # the newest step has the oldest time
     assert checkpoint.newest(short.run_dir).name == "step_00000012"
-    checkpoint.rotate(short.run_dir, 1)
+    checkpoint.remove_old(short.run_dir, 1)
     assert names(short.run_dir) == ["step_00000012"]
 
 

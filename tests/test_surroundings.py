@@ -229,7 +229,7 @@ def test_permissions_that_cannot_be_set(tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr(os, "chmod", refuse)
     for name in ("a.safetensors", "b.safetensors"):
         checkpoint.write_tensors(tmp_path / name, {"x": torch.ones(2)})
-        with checkpoint.opened(tmp_path / name) as f:
+        with checkpoint.open_tensors(tmp_path / name) as f:
             assert f.get_tensor("x").tolist() == [1, 1]
     assert capsys.readouterr().err.count("warning: ") == 1
 
@@ -358,20 +358,20 @@ def test_auto_compiles_on_cuda_only_with_what_triton_needs(tmp_path, monkeypatch
     monkeypatch.setattr(runtime.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert not runtime.compiles(cuda) and "C compiler" in runtime.lacks_to_compile(cuda)
+    assert not runtime.should_compile("auto", cuda) and "C compiler" in runtime.lacks_to_compile(cuda)
     for name in ("gcc", "mycc"):
         (tmp_path / name).touch(0o755)
-    assert not runtime.compiles(cuda) and "Python.h" in runtime.lacks_to_compile(cuda)
+    assert not runtime.should_compile("auto", cuda) and "Python.h" in runtime.lacks_to_compile(cuda)
     header.touch()
-    assert runtime.compiles(cuda)
+    assert runtime.should_compile("auto", cuda)
     monkeypatch.setenv("CC", "elsewhere")
-    assert not runtime.compiles(cuda) and "elsewhere" in runtime.lacks_to_compile(cuda)
+    assert not runtime.should_compile("auto", cuda) and "elsewhere" in runtime.lacks_to_compile(cuda)
     monkeypatch.setenv("CC", "mycc")
-    assert runtime.compiles(cuda)
+    assert runtime.should_compile("auto", cuda)
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: None)
-    assert not runtime.compiles(cuda) and "triton" in runtime.lacks_to_compile(cuda)
+    assert not runtime.should_compile("auto", cuda) and "triton" in runtime.lacks_to_compile(cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
-    assert not runtime.compiles(cuda)
+    assert not runtime.should_compile("auto", cuda)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])

@@ -102,9 +102,10 @@ ssize_t writev(int fd, const struct iovec *parts, int n) {
     return REAL(writev)(fd, parts, n);
 }
 
+/* Counted, but not waited for: a killed process loses nothing that it has written, only a power cut does. */
 int fsync(int fd) {
-    GUARD(inside_fd(fd), 1);
-    return REAL(fsync)(fd);
+    if (!inside_fd(fd)) return REAL(fsync)(fd);
+    return is_full(1) ? -1 : 0;
 }
 
 int ftruncate64(int fd, off64_t length) {

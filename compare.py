@@ -3,12 +3,12 @@
     python compare.py --name rates --seeds 3 --sweep lr=3e-3,1e-2,3e-2 -- --preset demo
     python compare.py --name optimizers --seeds 3 --arm "adamw: --optimizer adamw" --arm "muon:" -- --preset demo
     python compare.py --name qk --seeds 3 --arm "base:" --arm "qk-norm: code=arms/qk_norm.patch" -- --preset demo
+    python compare.py @benchmarks/recipe.args                  # all of that from a file
 
 An arm is a set of flags, or changed code, or both; the first one is the base. What follows `--` are flags that all arms
 share. Each arm is trained with each seed, as an ordinary run of train.py below comparisons/NAME/. One seed decides
 the order of the data and the first weights, in every arm alike, so arms are compared seed by seed (in pairs): what a
 seed does to all arms cancels in the difference. The same command goes on after a kill, and makes no finished run again.
-
 The code of all arms is copied when the comparison begins, so it may be edited while the runs go on.
 """
 
@@ -18,13 +18,11 @@ import hashlib
 import io
 import itertools
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -32,19 +30,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import plot_run
 import report
 import train
+from plot_run import arm_folder
 from support import runtime
 from support.cli import UserError, flag
 from support.files import locked, read_json, write_json
 from support.tracking import Progress, duration, read_rows
 
 HERE = Path(__file__).parent
-EXAMPLES = (
-    "python compare.py --name rates --sweep lr=3e-3,1e-2 -- --preset demo",
-    'python compare.py --name qk --arm "base:" --arm "qk-norm: code=arms/qk_norm.patch" -- --preset demo',
-)
+EXAMPLES = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
 
 
 @dataclass(frozen=True)
@@ -70,10 +65,6 @@ class Arm:
     flags: tuple[str, ...] = ()
     code: str | None = None  # a folder, a git revision or a patch; None: the code beside this file
 
-    @property
-    def folder(self) -> str:
-        return plot_run.arm_folder(self.name)
-
 
 def parse_arm(text) -> Arm:
     """ "NAME: code=... FLAGS", as a shell would split it."""
@@ -89,39 +80,33 @@ def parse_arm(text) -> Arm:
     return Arm(name.strip(), flags, codes[-1] if codes else None)
 
 
-def sweeps(c: CompareConfig) -> list[tuple[str, list[str]]]:
-    """(flag, its values) of each --sweep."""
-    found = []
-    for text in c.sweep:
-        name, equals, values = text.partition("=")
-        if not (name and equals and values):
-            raise UserError(f"--sweep {text!r}: expected FLAG=VALUE,VALUE, for example lr=3e-3,1e-2")
-        found.append((name.removeprefix("--"), values.split(",")))
-    return found
-
-
 def all_arms(c: CompareConfig) -> list[Arm]:
     """Each arm with each combination of the swept values."""
-    arms, swept = [parse_arm(text) for text in c.arm], []
-    axes = [[(name, value) for value in values] for name, values in sweeps(c)]
-    for arm, values in itertools.product(arms or [Arm("")], itertools.product(*axes)):
-        name = ", ".join(([arm.name] if arm.name else []) + [f"{k}={v}" for k, v in values])
-        flags = itertools.chain(*((f"--{k}", v) for k, v in values))
-        swept.append(Arm(name, (*arm.flags, *flags), arm.code))
-    if len(swept) < 2:
+    axes = []
+    for text in c.sweep:
+        name, equals, values = text.removeprefix("--").partition("=")
+        if not (name and equals and values):
+            raise UserError(f"--sweep {text!r}: expected FLAG=VALUE,VALUE, for example lr=3e-3,1e-2")
+        axes.append([(name, value) for value in values.split(",")])
+    arms = []
+    for arm, pairs in itertools.product(map(parse_arm, c.arm) if c.arm else [Arm("")], itertools.product(*axes)):
+        name = ", ".join([arm.name] * bool(arm.name) + [f"{flag}={value}" for flag, value in pairs])
+        swept = [word for flag, value in pairs for word in (f"--{flag}", value)]
+        arms.append(Arm(name, (*arm.flags, *swept), arm.code))
+    if len(arms) < 2:
         raise UserError("a comparison needs two arms: name them with --arm or --sweep")
-    for one, other in itertools.combinations(swept, 2):
-        if one.folder == other.folder:
+    for one, other in itertools.combinations(arms, 2):
+        if arm_folder(one.name) == arm_folder(other.name):
             raise UserError(f"arms {one.name!r} and {other.name!r}: their names must differ in letters or digits")
-    return swept
+    return arms
 
 
 def all_seeds(c: CompareConfig) -> list[int]:
     try:
-        listed = [int(s) for s in c.seeds.split(",")]
+        listed = [int(seed) for seed in c.seeds.split(",")]
     except ValueError:
-        listed = []
-    seeds = listed if "," in c.seeds else list(range(1, (listed or [0])[0] + 1))
+        listed = [0]
+    seeds = listed if len(listed) > 1 else list(range(1, listed[0] + 1))
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds is {c.seeds!r}; expected a number from 1, or different seeds with commas between")
     return seeds
@@ -148,11 +133,11 @@ def identity(arm: Arm) -> str | None:
     """What the arm's `code=` means now, to be found changed later; None for the code beside this file."""
     if arm.code is None:
         return None
-    if Path(arm.code).is_dir():
-        return hashlib.sha256(b"\0".join(p.read_bytes() for p in sources(arm.code))).hexdigest()
-    if Path(arm.code).is_file():
-        return hashlib.sha256(Path(arm.code).read_bytes()).hexdigest()
-    return git("rev-parse", "--verify", f"{arm.code}^{{commit}}").decode().strip()
+    path = Path(arm.code)
+    if not path.exists():
+        return git("rev-parse", "--verify", f"{arm.code}^{{commit}}").decode().strip()
+    files = sources(path) if path.is_dir() else [path]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def copy_code(arm: Arm, target: Path):
@@ -197,7 +182,7 @@ def set_up(folder: Path, arms, common) -> dict:
 
 
 def code_of(folder, arm) -> Path:
-    return folder / "code" / (arm.folder if arm.code else "unchanged")
+    return folder / "code" / (arm_folder(arm.name) if arm.code else "unchanged")
 
 
 # ---------------------------------------------------------------------------------------
@@ -206,27 +191,19 @@ def code_of(folder, arm) -> Path:
 
 @dataclass
 class Run:
-    """One arm with one seed. Its directory is an ordinary run's, below the folder of its arm."""
+    """One arm with one seed, an ordinary run."""
 
     arm: Arm
     seed: int
-    parent: Path  # DIR/NAME/ARM
+    directory: Path  # DIR/NAME/ARM/seed_N; beside it lies its log
     command: list[str]
     max_steps: int
     tokens: int
     error: str | None = None
 
     @property
-    def directory(self) -> Path:
-        return self.parent / f"seed_{self.seed}"
-
-    @property
-    def done_file(self) -> Path:
-        return self.directory / "finished.json"
-
-    @property
     def finished(self) -> bool:
-        return self.done_file.exists()
+        return (self.directory / report.FINISHED).exists()
 
 
 def all_runs(folder, arms, seeds, common) -> list[Run]:
@@ -234,10 +211,10 @@ def all_runs(folder, arms, seeds, common) -> list[Run]:
     configs = {arm.name: config_of(folder, arm, common) for arm in arms}
     runs = []
     for seed, arm in itertools.product(seeds, arms):
-        c, parent = configs[arm.name], folder / arm.folder
-        own = ["--seed", str(seed), "--run_name", f"seed_{seed}", "--checkpoint_dir", str(parent)]
+        c, directory = configs[arm.name], folder / arm_folder(arm.name) / f"seed_{seed}"
+        own = ["--seed", str(seed), "--run_name", directory.name, "--checkpoint_dir", str(directory.parent)]
         command = [sys.executable, str(code_of(folder, arm) / "train.py"), *common, *arm.flags, *own]
-        runs.append(Run(arm, seed, parent, command, c["max_steps"], c["max_steps"] * c["total_batch_tokens"]))
+        runs.append(Run(arm, seed, directory, command, c["max_steps"], c["max_steps"] * c["total_batch_tokens"]))
     return runs
 
 
@@ -251,9 +228,8 @@ def config_of(folder, arm, common) -> dict:
         if arm.code is None:
             return vars(train.parse(flags))
         program = "import json, sys, train; print(json.dumps(vars(train.parse(sys.argv[1:]))))"
-        code = code_of(folder, arm).resolve()
-        command = [sys.executable, "-c", program, *flags]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(code)})
+        env = os.environ | {"PYTHONPATH": str(code_of(folder, arm).resolve())}
+        done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, env=env)
         if done.returncode:
             raise UserError(last_line(done.stderr))
         return json.loads(done.stdout.splitlines()[-1])
@@ -278,10 +254,10 @@ def last_line(text) -> str:
 
 def start(r: Run, slot, jobs, cuda, lock) -> subprocess.Popen:
     """The run's process; what it says is added to seed_N.log."""
-    r.parent.mkdir(parents=True, exist_ok=True)
+    r.directory.parent.mkdir(parents=True, exist_ok=True)
     share = max(1, (os.cpu_count() or 1) // jobs)
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(slot % cuda)} if cuda else {"OMP_NUM_THREADS": str(share)})
-    with open(r.parent / f"seed_{r.seed}.log", "a", encoding="utf-8") as log:
+    with open(r.directory.with_suffix(".log"), "a", encoding="utf-8") as log:
         return subprocess.Popen(
             r.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
             pass_fds=[lock.fileno()], preexec_fn=runtime.end_with_parent,
@@ -318,22 +294,20 @@ def run_all(runs, jobs, cuda, lock) -> int:
 
 def conclude(r: Run, code, progress):
     if code == 0:
-        write_json(r.done_file, {"exit_code": 0})
+        write_json(r.directory / report.FINISHED, {"exit_code": 0})
     elif code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # stopped by us, to go on later
-        log = r.parent / f"seed_{r.seed}.log"
+        log = r.directory.with_suffix(".log")
         r.error = last_line(log.read_text(encoding="utf-8", errors="replace"))
         progress.say(f"{r.arm.name}, seed {r.seed}: failed with exit code {code}: {r.error} (all of it: {log})")
 
 
 def dry_run(runs, jobs) -> int:
     """What will run; how long by the speed of the runs there are."""
-    speeds = [report.median_speed(read_rows(r.directory / "metrics.jsonl")) for r in runs]
-    known = [speed for speed in speeds if not math.isnan(speed)]
     for r in runs:
-        state = "finished" if r.finished else f"{r.tokens:,} tokens"
-        print(f"{r.arm.name}, seed {r.seed}: {state}")
+        print(f"{r.arm.name}, seed {r.seed}: {'finished' if r.finished else f'{r.tokens:,} tokens'}")
+    known = [s for r in runs if (s := report.median_speed(read_rows(r.directory / "metrics.jsonl"))) > 0]  # not NaN
     left = sum(r.tokens for r in runs if not r.finished)
-    time_left = f"about {duration(left / statistics.median(known) / jobs)}" if known else "unknown before the first run"
+    time_left = f"about {duration(left * len(known) / sum(known) / jobs)}" if known else "unknown before the first run"
     print(f"in all {left:,} tokens, {jobs} run(s) at the same time; time {time_left}")
     return 0
 
@@ -356,25 +330,20 @@ def compare(c: CompareConfig, common) -> int:
         if c.dry_run:
             return dry_run(runs, jobs)
         write_json(folder / "comparison.json", facts)
-        received = run_all(runs, jobs, cuda, lock)
-        if received:
+        if received := run_all(runs, jobs, cuda, lock):
             print(f"signal {received}: stopped; the same command goes on")
             return 128 + received
-        rows = report.summarize(
-            {a.name: {r.seed: report.outcome(r.directory) for r in runs if r.arm == a and r.finished} for a in arms},
-            {a.name: {r.seed: r.error for r in runs if r.arm == a and r.error} for a in arms},
-        )
-        report.write(folder, rows, report.notes(rows, dict(sweeps(c))))
-    return 1 if any(row["failed"] for row in rows) else 0
+        finished = {a.name: {r.seed: r.directory for r in runs if r.arm == a and r.finished} for a in arms}
+        failed = {a.name: {r.seed: r.error for r in runs if r.arm == a and r.error} for a in arms}
+        report.write(folder, finished, failed)
+    return 1 if any(failed.values()) else 0
 
 
 def main(argv=None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
-    c = cli.parse(
-        CompareConfig, argv[:split], "Compare changes over several seeds; flags of all runs follow --.", EXAMPLES
-    )
-    return compare(c, argv[split + 1 :])
+    words = cli.words_of(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    description = "Compare changes over several seeds. Flags of all runs follow --; @FILE stands for the words in it."
+    return compare(cli.parse(CompareConfig, words[:split], description, EXAMPLES), words[split + 1 :])
 
 
 if __name__ == "__main__":

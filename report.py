@@ -1,26 +1,34 @@
 """The numbers of a comparison: from the metrics of its runs to a table with error bars. compare.py makes the runs.
 
+    python report.py comparisons/NAME      # the table again, from the runs of it that are finished
+
 Runs of one seed see the same data in the same order and begin with the same weights, in every arm. So the arms are
 compared in pairs: the difference to the base is taken for each seed, and Student's t says how far the mean of these
 differences may be from the true one. What a seed does to all arms alike cancels in the difference.
 """
 
+import itertools
 import json
 import math
 import statistics
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from support import cli  # isort: split
 
 import numpy as np
 from scipy import optimize, stats
 
 import plot_run
-from support.cli import UserError
+from support.cli import UserError, flag
 from support.files import read_json, write_whole
 from support.tracking import duration, read_rows
 
 LEVEL = 0.05  # the chance of a false "better" or "worse" in a whole table
 POWER = 0.9  # the chance with which the smallest difference that is named is found
 UNITS = {"loss": "nats", "bits_per_byte": "bits per byte"}
+FINISHED = "finished.json"  # in the directory of a run that has ended well
 
 # ---------------------------------------------------------------------------------------
 # Statistics.
@@ -80,9 +88,9 @@ def outcome(run_dir) -> dict:
         raise UserError(f"{run_dir}: no validation in it; compare with an --eval_interval above 0")
     hellaswag = [row["completion_acc_norm"] for row in rows if row["kind"] == "hellaswag"]
     return {
-        "tokens": np.array([row["tokens"] for row in vals], float),
-        "loss": np.array([row["loss"] for row in vals]),
-        "bits_per_byte": np.array([row.get("bits_per_byte") or math.nan for row in vals]),
+        "tokens": [row["tokens"] for row in vals],
+        "loss": [row["loss"] for row in vals],
+        "bits_per_byte": [row.get("bits_per_byte") for row in vals],
         "seconds": max(row["seconds"] for row in rows),
         "tokens_per_second": median_speed(rows),
         "hellaswag": hellaswag[-1] if hellaswag else None,
@@ -95,38 +103,42 @@ def median_speed(rows) -> float:
     return statistics.median([row["tokens_per_second"] for row in rows if row["kind"] == "train"] or [math.nan])
 
 
-def tokens_to_reach(run, target, measure) -> float | None:
+def measure_of(outcomes) -> str:
+    """In what all runs compare: "loss", or "bits_per_byte" where their tokens differ. UserError where one has none."""
+    if len({run["tokenizer"] for run in outcomes}) <= 1:
+        return "loss"
+    if any(None in run["bits_per_byte"] for run in outcomes):
+        raise UserError("the arms' tokenizers differ, and one of them gives no bits per byte: nothing compares")
+    return "bits_per_byte"
+
+
+def tokens_to_reach(outcome, target, measure) -> float | None:
     """Tokens after which the validation is first at `target`, on straight lines between validations; None: never."""
-    t, y = run["tokens"], run[measure]
-    below = np.flatnonzero(y <= target)
-    if not len(below):
+    t, y = outcome["tokens"], outcome[measure]
+    i = next((i for i, value in enumerate(y) if value <= target), None)
+    if i is None:
         return None
-    i = int(below[0])
     return float(t[0] if i == 0 else t[i - 1] + (t[i] - t[i - 1]) * (y[i - 1] - target) / (y[i - 1] - y[i]))
 
 
 def summarize(outcomes, failed) -> list[dict]:
-    """A row per arm, the first of which is the base.
+    """A row per arm, the first of which is the base. All runs are read at their last validation.
 
-    outcomes: {arm: {seed: `outcome`}}; failed: {arm: {seed: message}}. A seed that an arm failed on is in no pair of
-    it. Where budgets differ, all curves are read at the smallest; where tokenizers differ, in bits per byte."""
-    everything = [run for by_seed in outcomes.values() for run in by_seed.values()]
-    equal = min((run["tokens"][-1] for run in everything), default=0)
-    measure = "loss" if len({run["tokenizer"] for run in everything}) <= 1 else "bits_per_byte"
-    values = {
-        arm: {seed: float(np.interp(equal, run["tokens"], run[measure])) for seed, run in by_seed.items()}
-        for arm, by_seed in outcomes.items()
-    }
+    outcomes: {arm: {seed: `outcome`}}; failed: {arm: {seed: message}}. A seed that an arm has not finished is in no
+    pair of it."""
+    measure = measure_of([run for by_seed in outcomes.values() for run in by_seed.values()])
+    values = {arm: {seed: run[measure][-1] for seed, run in by_seed.items()} for arm, by_seed in outcomes.items()}
     base, rows = next(iter(outcomes)), []
     for arm, by_seed in outcomes.items():
-        row = {"arm": arm, "measure": measure, "tokens": equal, "values": values[arm], "failed": failed.get(arm, {})}
+        row = {"arm": arm, "measure": measure, "values": values[arm], "failed": failed.get(arm, {})}
         if by_seed:
             row |= means(list(by_seed.values()), list(values[arm].values()), measure)
-        pairs = [seed for seed in by_seed if seed in outcomes[base] and arm != base]
+        pairs = [seed for seed in by_seed if seed in values[base] and arm != base]
         if pairs:
             row["difference"] = paired([values[base][s] for s in pairs], [values[arm][s] for s in pairs])
             reached = [tokens_to_reach(by_seed[s], values[base][s], measure) for s in pairs]
-            row["token_share"] = None if None in reached else statistics.fmean(reached) / equal
+            of_base = statistics.fmean(outcomes[base][s]["tokens"][-1] for s in pairs)
+            row["token_share"] = None if None in reached else statistics.fmean(reached) / of_base
         rows.append(row)
     compared = [row for row in rows if row.get("difference", {}).get("p") is not None]
     for row, real in zip(compared, holm([row["difference"]["p"] for row in compared])):
@@ -135,18 +147,19 @@ def summarize(outcomes, failed) -> list[dict]:
 
 
 def means(runs, values, measure) -> dict:
-    """What a row of the table says of one arm, over its seeds."""
+    """What a row says of one arm, over its seeds."""
     t = runs[0]["tokens"]
     curves = np.array([np.interp(t, run["tokens"], run[measure]) for run in runs])
     scores = [run["hellaswag"] for run in runs if run["hellaswag"] is not None]
     return {
         "mean": statistics.fmean(values),
         "error": standard_error(values),
-        "last_tokens": max(run["tokens"][-1] for run in runs),
+        "loss": statistics.fmean(run["loss"][-1] for run in runs),
+        "tokens": max(run["tokens"][-1] for run in runs),
         "seconds": statistics.fmean(run["seconds"] for run in runs),
         "tokens_per_second": statistics.fmean(run["tokens_per_second"] for run in runs),
         "hellaswag": [statistics.fmean(scores), standard_error(scores)] if scores else None,
-        "curve": [t.tolist(), curves.mean(0).tolist(), curves.min(0).tolist(), curves.max(0).tolist()],
+        "curve": [list(t), curves.mean(0).tolist(), curves.min(0).tolist(), curves.max(0).tolist()],
     }
 
 
@@ -165,13 +178,12 @@ def verdict(row) -> str:
     if not row["real"]:
         return f"no difference found; one of more than {high:.3f} {unit} is excluded (95%, {d['seeds']} seeds)"
     word = "better" if d["mean"] < 0 else "worse"
-    return (
-        f"{word} by {abs(d['mean']):.3f} ± {d['error']:.3f} {unit} (95%: {low:.3f} to {high:.3f}, {d['seeds']} seeds)"
-    )
+    size = f"{abs(d['mean']):.3f} ± {d['error']:.3f} {unit}"
+    return f"{word} by {size} (95%: {low:.3f} to {high:.3f}, {d['seeds']} seeds)"
 
 
-def notes(rows, sweeps) -> list[str]:
-    """What the table means, a line each. sweeps: {flag: [value, ...]}."""
+def notes(rows) -> list[str]:
+    """What the table means, a line each."""
     said = [f"{row['arm']}: {verdict(row)}" for row in rows if "difference" in row]
     said += [f"{row['arm']}: failed with seed {s}: {text}" for row in rows for s, text in row["failed"].items()]
     good = [row for row in rows if "mean" in row]
@@ -185,54 +197,74 @@ def notes(rows, sweeps) -> list[str]:
         deviation = statistics.stdev(good[0]["values"].values())
         said.append(f"noise of {good[0]['arm']} over its seeds: standard deviation {deviation:.4f}")
     if good and good[0]["measure"] == "bits_per_byte":
-        said.append("the arms' tokenizers differ: losses per token do not compare, so all is in bits per byte of text")
-    if any(row["last_tokens"] > row["tokens"] for row in good):
-        said.append(f"the arms' budgets differ: all are read at {rows[0]['tokens']:,.0f} tokens, amid longer schedules")
-    return said + (edges(good, sweeps) if good else [])
+        said.append("the arms' tokenizers differ: losses per token do not compare, bits per byte of text do")
+    if len({row["tokens"] for row in good}) > 1:
+        said.append("the arms' budgets differ: each is read at its own end")
+    return said + edges(good)
 
 
-def edges(rows, sweeps) -> list[str]:
-    """A best value at the end of a sweep says that a better one may lie beyond."""
-    best, said = min(rows, key=lambda row: row["mean"])["arm"].split(", "), []
-    for flag, values in sweeps.items():
+def edges(rows) -> list[str]:
+    """A best value at the end of a sweep says that a better one may lie beyond. The arms of a sweep are named
+    "flag=value, flag=value"."""
+    settings = [dict(part.split("=", 1) for part in row["arm"].split(", ") if "=" in part) for row in rows]
+    best, said = min(zip(rows, settings), key=lambda pair: pair[0]["mean"], default=(None, {}))[1], []
+    for name, value in best.items():
         try:
-            ends = [min(values, key=float), max(values, key=float)]
+            values = {float(other[name]) for other in settings if name in other}
+            at_edge = len(values) > 1 and float(value) in (min(values), max(values))
         except ValueError:  # not numbers
             continue
-        said += [f"the best value lies at the edge of the sweep: {flag}={v}" for v in ends if f"{flag}={v}" in best]
+        said += [f"the best value lies at the edge of the sweep: {name}={value}"] if at_edge else []
     return said
 
 
 def table(rows) -> list[list[str]]:
-    """Head and cells; a column that would be empty is left out."""
-    measure = "bits per byte" if rows[0]["measure"] == "bits_per_byte" else "validation loss"
-    head = ["arm", measure, "difference [95%]", "tokens to base's", "HellaSwag (%)", "tokens/s", "time"]
-    lines = [head, *map(cells, rows)]
-    keep = [i for i in range(len(head)) if any(line[i] for line in lines[1:])]
-    return [[line[i] for i in keep] for line in lines]
+    """Head and cells; a column that says nothing is left out."""
+    budgets = len({row["tokens"] for row in rows if "mean" in row}) > 1
+    in_bits = rows[0]["measure"] == "bits_per_byte"
+    lines = [cells(row, budgets, in_bits) for row in rows]
+    head = [name for name in dict.fromkeys(itertools.chain(*lines)) if any(line.get(name) for line in lines)]
+    return [head, *([line.get(name, "") for name in head] for line in lines)]
 
 
-def cells(row) -> list[str]:
+def cells(row, budgets, in_bits) -> dict[str, str]:
+    """{column: text} of one arm."""
+    measure = "bits per byte" if in_bits else "validation loss"
     if "mean" not in row:
-        return [row["arm"], "failed", "", "", "", "", ""]
+        return {"arm": row["arm"], measure: "no finished run"}
     difference = share = hellaswag = ""
     if d := row.get("difference"):
         difference = f"{d['mean']:+.4f}" + ("" if d["low"] is None else f" [{d['low']:+.4f}, {d['high']:+.4f}]")
         share = "not reached" if row["token_share"] is None else f"{row['token_share']:.2f}"
     if row["hellaswag"]:
         hellaswag = with_error(*(x and 100 * x for x in row["hellaswag"]), digits=2)
-    speed = f"{row['tokens_per_second']:,.0f}"
-    loss = with_error(row["mean"], row["error"], digits=4)
-    return [row["arm"], loss, difference, share, hellaswag, speed, duration(row["seconds"])]
+    return {
+        "arm": row["arm"],
+        measure: with_error(row["mean"], row["error"], digits=4),
+        "difference [95%]": difference,
+        "tokens to base's": share,
+        "loss per token (does not compare)": f"{row['loss']:.4f}" if in_bits else "",
+        "HellaSwag (%)": hellaswag,
+        "tokens": f"{row['tokens']:,}" if budgets else "",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "time": duration(row["seconds"]),
+    }
 
 
 def with_error(value, error, digits) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def write(folder, rows, said):
-    """Prints the table; writes report.md, report.jsonl and comparison.png into `folder`."""
-    lines = table(rows)
+# ---------------------------------------------------------------------------------------
+
+
+def write(folder, runs, failed):
+    """Prints the table; writes report.md, report.jsonl and comparison.png into the comparison's folder.
+
+    runs: {arm: {seed: directory of a finished run}}, the base first; failed: {arm: {seed: message}}."""
+    outcomes = {arm: {seed: outcome(path) for seed, path in by_seed.items()} for arm, by_seed in runs.items()}
+    rows = summarize(outcomes, failed)
+    lines, said = table(rows), notes(rows)
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
@@ -246,3 +278,24 @@ def write(folder, rows, said):
     text = "\n".join([f"# {folder.name}", "", *picture, *markdown, "", *(f"- {line}" for line in said), ""])
     write_whole(folder / "report.md", text.encode())
     write_whole(folder / "report.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which comparison's report is written again."""
+
+    folder: Path = flag(cli.REQUIRED, "a comparison's folder", positional=True)
+
+
+def main(argv=None):
+    description = "Writes the report of a comparison again, from those of its runs that are finished."
+    folder = cli.parse(ReportConfig, argv, description, ["python report.py comparisons/NAME"]).folder
+    found = {name: (folder / arm).glob(f"seed_*/{FINISHED}") for arm, name in plot_run.arms_in(folder).items()}
+    runs = {name: dict(sorted((int(f.parent.name[5:]), f.parent) for f in files)) for name, files in found.items()}
+    if not any(runs.values()):
+        raise UserError(f"{folder}: no finished run in it")
+    write(folder, runs, {})
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -19,6 +19,7 @@ import argparse
 import difflib
 import math
 import os
+import shlex
 import sys
 import typing
 from contextlib import suppress
@@ -163,6 +164,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def words_of(argv) -> list[str]:
+    """A command line with the words that are in FILE in place of @FILE; there # begins a comment."""
+    words = []
+    for word in argv:
+        if not word.startswith("@"):
+            words.append(word)
+            continue
+        try:
+            words += shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+        except ValueError as error:  # a quotation without end, or no text
+            raise UserError(f"{word}: {error}") from error
+    return words
 
 
 def default_of(f, several) -> str:

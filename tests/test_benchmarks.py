@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import compare
 import data_processing_fineweb
 from support.cli import UserError, run
 from support.runtime import Runtime
@@ -375,23 +376,34 @@ def test_gpu_sh_in_its_short_form(tmp_path):
         assert f"\n{part}: done" in done.stdout
 
 
-@pytest.mark.slow
-def test_recipes_are_compared_seed_by_seed_and_no_run_is_made_twice(corpus, tmp_path, capsys):
-    """Bugs: a recipe's change does not reach its run, or stays for the next; results are lost or repeated."""
-    import bench_recipe
+# --- the recipe's comparisons
 
-    flags = ["--data_dir", str(corpus), "--steps", "2", "--processes", "1", "--results", str(tmp_path / "runs")]
-    recipes = ["default", "no dropout", "fast", "fast: qk norm", "fast: whole qkv", "fast: linear to 0"]
-    bench_recipe.main([*flags, "--seeds", "1", "--recipes", *recipes])
-    first = bench_recipe.read_rows(tmp_path / "runs")
-    assert [row["recipe"] for row in first] == recipes
-    assert len({row["val_loss"] for row in first}) == len(recipes), "a recipe that changes nothing"
-    bench_recipe.main([*flags, "--seeds", "1", "2", "--recipes", "default"])
-    rows = bench_recipe.read_rows(tmp_path / "runs")
-    assert rows[: len(first)] == first and [(r["recipe"], r["seed"]) for r in rows[len(first) :]] == [("default", 2)]
-    gain = rows[0]["val_loss"] - rows[1]["val_loss"]
-    assert re.search(rf"no dropout +4,096 +\d\.\d+ +1 +{re.escape(f'{gain:+.4f}')}", capsys.readouterr().out)
-    assert run(lambda: bench_recipe.main([*flags, "--recipes", "none"])) == 2
+
+@pytest.mark.parametrize("name", ["recipe", pytest.param("recipe_fast", marks=pytest.mark.slow)])
+def test_the_recipes_study_is_a_comparison_that_can_begin(name, tmp_path, monkeypatch, capsys):
+    """Bugs: a flag or a patch that the code has left behind; an arm that is another one's double."""
+    monkeypatch.chdir(ROOT)
+    assert compare.main(["--dir", str(tmp_path), "--dry_run", f"@benchmarks/{name}.args"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    arms = [line.partition(", seed 1: ")[0] for line in lines if ", seed 1: " in line]
+    assert len(lines) == 3 * len(arms) + 1 and len(arms) >= 5
+    half = [line for line in lines if line.startswith("fast, half the tokens, seed 3: ")]
+    assert half == ["fast, half the tokens, seed 3: 512,000 tokens"] * (name == "recipe")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_muon_with_qkv_as_one_matrix_is_another_run(toy, tmp_path, monkeypatch):
+    """Bug: a patch that applies and changes nothing."""
+    monkeypatch.chdir(ROOT)
+    flags = as_flags(replace(toy, run_name=None, checkpoint_dir="checkpoints", max_steps=4, optimizer="muon"))
+    arms = ["--arm", "three:", "--arm", "one: code=benchmarks/whole_qkv.patch"]
+    assert compare.main(["--name", "c", "--dir", str(tmp_path), "--seeds", "1", *arms, "--", *flags]) == 0
+    three, one = map(json.loads, (tmp_path / "c" / "report.jsonl").read_text().splitlines())
+    assert three["values"] != one["values"]
+
+
+# --- a killed run
 
 
 @pytest.mark.slow

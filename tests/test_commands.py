@@ -41,7 +41,6 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "docs/figures.py": "--checkpoint checkpoints/edu-10m --only rope schedule order decay attention loss",
     "benchmarks/write_samples.py": "--max_new_tokens 4",
     "benchmarks/bench_prepare.py": "--times 2",
-    "benchmarks/bench_recipe.py": "--steps 2 --seeds 1 --recipes default fast --vocab_size 512",
     "benchmarks/bench_parts.py": "--tiny --data hellaswag.jsonl --repeats 1 --examples 8",
     "benchmarks/bench_generate.py": "--tiny",
 }
@@ -65,6 +64,7 @@ NOT_RUN = {  # what a command has in it -> why
     "trackio show": "a server without end: test_tracking.py looks at it with a browser",
     "--nanogpt DIR": "another project's files: test_benchmarks.py, with a stand-in",
     "torchrun --max-restarts": "named in passing",
+    "@benchmarks/": "hours: test_benchmarks.py, with --dry_run",
     "gpu.sh": "test_benchmarks.py, with --short",
 }
 

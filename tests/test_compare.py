@@ -114,9 +114,118 @@ def test_seeds_are_a_number_or_a_list(text, expected):
 
 
 def test_tokens_to_a_loss_are_read_between_validations():
-    run = {"tokens": np.array([0.0, 100.0, 200.0]), "loss": np.array([4.0, 3.0, 2.5])}
+    run = {"tokens": [0, 100, 200], "loss": [4.0, 3.0, 2.5]}
     assert report.tokens_to_reach(run, 2.75, "loss") == 150
-    assert report.tokens_to_reach(run, 2.0, "loss") is None
+    assert report.tokens_to_reach(run, 2.0, "loss") is None and report.tokens_to_reach(run, 5.0, "loss") == 0
+
+
+def outcome(*losses, tokens=100, tokenizer="a", bits=None):
+    """Of a run that was validated at equal distances, its last loss after `tokens` tokens."""
+    return {
+        "tokens": list(np.linspace(0, tokens, len(losses))),
+        "loss": list(losses),
+        "bits_per_byte": [bits and bits * loss for loss in losses],
+        "seconds": 1.0,
+        "tokens_per_second": 100,
+        "hellaswag": None,
+        "tokenizer": tokenizer,
+    }
+
+
+def test_arms_of_other_budgets_are_read_at_their_own_ends():
+    """Bug: a schedule that has come to its end beside one cut off in the middle, and nothing that says so."""
+    runs = {"base": {1: outcome(4, 3.5, 3)}, "half": {1: outcome(4, 2.5, tokens=50)}}
+    rows = report.summarize(runs, {})
+    assert rows[1]["difference"]["mean"] == -0.5
+    assert rows[1]["token_share"] == pytest.approx(1 / 3), "of the base's tokens"
+    head, base, half = report.table(rows)
+    assert (base[head.index("tokens")], half[head.index("tokens")]) == ("100.0", "50.0")
+    assert "the arms' budgets differ: each is read at its own end" in report.notes(rows)
+    rows = report.summarize({"base": {1: outcome(4, 3)}, "same": {1: outcome(4, 3)}}, {})
+    assert "tokens" not in report.table(rows)[0] and not any("budgets" in line for line in report.notes(rows))
+
+
+def test_other_tokenizers_compare_in_bits_per_byte():
+    """Bug: "better by 0.5 nats" of an arm whose tokens are shorter."""
+    runs = {"base": {1: outcome(4, 3, bits=1)}, "other": {1: outcome(4, 2.5, bits=1.3, tokenizer="b")}}
+    rows = report.summarize(runs, {})
+    assert rows[1]["difference"]["mean"] == pytest.approx(0.25)
+    head, _, other = report.table(rows)
+    assert other[head.index("bits per byte")] == "3.2500"
+    assert other[head.index("loss per token (does not compare)")] == "2.5000"
+    assert any("losses per token do not compare" in line for line in report.notes(rows))
+    with pytest.raises(UserError, match="gives no bits per byte"):
+        report.summarize(runs | {"third": {1: outcome(4, 3, tokenizer="c")}}, {})
+
+
+@pytest.mark.parametrize(
+    "best, said",
+    [
+        ("lr=1e-2", []),
+        ("lr=3e-2", ["lr=3e-2"]),
+        ("muon, lr=1e-3, wd=0", ["lr=1e-3", "wd=0"]),
+        ("muon", []),
+        ("alone=5", []),
+    ],
+)
+def test_a_best_value_at_the_edge_of_a_sweep_is_said(best, said):
+    names = ["muon", "lr=1e-2", "lr=3e-2", "muon, lr=1e-3, wd=0", "x, wd=1, norm=rms", "alone=5"]
+    rows = [{"arm": name, "mean": 2.0 if name == best else 3.0} for name in names]
+    assert report.edges(rows) == [f"the best value lies at the edge of the sweep: {value}" for value in said]
+
+
+def test_an_arm_whose_base_has_not_finished_is_in_the_table():
+    rows = report.summarize({"base": {}, "idea": {1: outcome(4, 3)}}, {"base": {1: "nan"}})
+    head, base, idea = report.table(rows)
+    assert base == ["base", "no finished run", "", ""] and idea[:2] == ["idea", "3.0000"] and len(head) == 4
+
+
+def finished_comparison(folder, **arms):
+    """What compare.py leaves of finished runs; arms: {name: final losses by seed}."""
+    for arm, losses in arms.items():
+        for seed, loss in enumerate(losses, 1):
+            run_dir = folder / arm / f"seed_{seed}"
+            run_dir.mkdir(parents=True)
+            val = {"kind": "val", "seconds": 1.0, "bits_per_byte": None}
+            rows = [val | {"step": n, "tokens": 100 * n, "loss": loss + 1 - n} for n in (0, 1)]
+            rows.append({"kind": "train", "step": 1, "tokens": 100, "seconds": 1.0, "tokens_per_second": 100})
+            (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (run_dir / "run.json").write_text(json.dumps({"identity": {"tokenizer": "a"}}))
+            (run_dir / "finished.json").write_text("{}")
+    (folder / "comparison.json").write_text(json.dumps({"common": [], "arms": {name: {} for name in arms}}))
+
+
+def test_a_report_is_written_again_from_its_finished_runs(tmp_path, capsys):
+    """Bug: a comparison that was kept without its code, and whose table nobody can check."""
+    finished_comparison(tmp_path / "c", base=[3.0, 3.1, 3.2], idea=[2.9, 3.01, 3.09])
+    assert run(lambda: report.main([str(tmp_path / "c")])) == 0
+    said = capsys.readouterr().out
+    assert "idea: better by 0.100 ± 0.006 nats" in said and "3 seeds" in said
+    assert {p.name for p in (tmp_path / "c").iterdir() if p.is_file()} == {
+        "comparison.json", "comparison.png", "report.jsonl", "report.md",
+    }  # fmt: skip
+    (tmp_path / "c" / "idea" / "seed_2" / "finished.json").unlink()
+    assert run(lambda: report.main([str(tmp_path / "c")])) == 0
+    assert "2 seeds" in capsys.readouterr().out, "a run that goes on is in no pair"
+    assert run(lambda: report.main([str(tmp_path)])) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_comparison_is_kept_as_a_file(tmp_path, monkeypatch, capsys):
+    """Bugs: a comment, a quoted word or the `--` of a file of arguments is lost."""
+    seen = []
+    monkeypatch.setattr(compare, "compare", lambda c, common: seen.append((c, common)) or 0)
+    text = '# why\n--name c --arm "base:"  # as it is\n--arm "a b: --lr 1e-3"\n--\n--preset demo\n'
+    (tmp_path / "c.args").write_text(text)
+    assert compare.main(["--dry_run", f"@{tmp_path / 'c.args'}", "--sample_prompt", "# 1"]) == 0
+    [(c, common)] = seen
+    assert c.arm == ("base:", "a b: --lr 1e-3") and c.dry_run
+    assert common == ["--preset", "demo", "--sample_prompt", "# 1"]
+    (tmp_path / "bad.args").write_text('--name "c')
+    for name, words in (("bad.args", "No closing quotation"), ("none.args", "No such file")):
+        assert run(lambda name=name: compare.main([f"@{tmp_path / name}"])) == 2
+        said = capsys.readouterr().err
+        assert name in said and words in said and said.count("\n") == 1
 
 
 @pytest.fixture

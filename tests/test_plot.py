@@ -159,10 +159,11 @@ def test_seeds_of_other_lengths_are_drawn_where_all_of_them_are(tmp_path):
     """An arm in the midst of its runs: the mean of what only one seed has would jump."""
     runs = make_comparison(tmp_path / "c", ["base"])
     make_run(tmp_path / "c" / "base" / "seed_3", [])
-    short = make_rows(20)
+    short = [row for row in make_rows(20) if row["step"] != 5]
     (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in short))
     [arm] = plot_run.find_arms([*runs, tmp_path / "c" / "base" / "seed_3"])
-    assert arm["train"]["loss"].shape == (2, 20) and arm["val"]["loss"].shape == (2, 3)
+    assert arm["train"]["loss"].shape == (2, 19) and arm["val"]["loss"].shape == (2, 3)
+    assert (arm["train"]["step"][0] == arm["train"]["step"][1]).all()
     check_png(plot_run.plot(runs, tmp_path / "out.png"))
 
 

@@ -13,12 +13,12 @@ import hashlib
 import io
 import mmap
 import os
-import queue
 import re
 import sys
-import threading
 import warnings
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -461,21 +461,15 @@ class FineWebBatchIterator:
     """
 
     def __init__(self, loader, start, device="cpu", prefetch=2):
-        self.loader, self.device = loader, device
-        self.ready, self.stopped = queue.Queue(prefetch), threading.Event()
-        self.thread = threading.Thread(target=self.read_ahead, args=(start,), daemon=True)
-        self.thread.start()
+        self.loader, self.device, self.start = loader, device, start
+        self.thread = ThreadPoolExecutor(1, "read_ahead")
+        self.ahead = deque()  # the futures of the next batches
+        for _ in range(prefetch):
+            self.read_ahead()
 
-    def read_ahead(self, start):
-        while not self.stopped.is_set():
-            try:
-                item = self.load(start)
-            except BaseException as error:  # passed to the thread that trains
-                item = error
-            self.put(item)
-            if isinstance(item, BaseException):
-                return
-            start += self.loader.global_batch
+    def read_ahead(self):
+        self.ahead.append(self.thread.submit(self.load, self.start))
+        self.start += self.loader.global_batch
 
     def load(self, start):
         import torch  # here, so that preparing data does not wait for it
@@ -486,30 +480,25 @@ class FineWebBatchIterator:
             batch.x, batch.y = batch.x.pin_memory(), batch.y.pin_memory()
         return batch
 
-    def put(self, item):
-        while not self.stopped.is_set():
-            try:
-                return self.ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self.stopped.is_set():
+        if not self.ahead:  # closed
             raise StopIteration
-        item = self.ready.get()
-        if isinstance(item, BaseException):
+        try:
+            batch = self.ahead.popleft().result()
+        except BaseException:
             self.close()
-            raise item
-        item.x = item.x.to(self.device, non_blocking=True)
-        item.y = item.y.to(self.device, non_blocking=True)
-        return item
+            raise
+        self.read_ahead()
+        batch.x = batch.x.to(self.device, non_blocking=True)
+        batch.y = batch.y.to(self.device, non_blocking=True)
+        return batch
 
     def close(self):
-        self.stopped.set()
-        self.thread.join()
+        self.thread.shutdown(cancel_futures=True)
+        self.ahead.clear()
 
     def __enter__(self):
         return self

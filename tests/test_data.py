@@ -414,6 +414,11 @@ def plain(batch):
     return (batch.start, batch.epoch, batch.n_targets, batch.checksum, batch.x.tolist(), batch.y.tolist())
 
 
+def reading_ahead() -> bool:
+    """Whether a thread of an iterator is there."""
+    return any(thread.name.startswith("read_ahead") for thread in threading.enumerate())
+
+
 def toy_loader(directory, **keywords):
     counting(directory, [100, 1, 3, 97])
     return FineWebDataLoader(FineWebDataset(directory, 8), 2, 4, seed=3, **keywords)
@@ -430,7 +435,7 @@ def test_iterator_resumes_where_the_consumer_was(tmp_path, prefetch):
     for used in (0, 1, 9):
         with FineWebBatchIterator(loader, 0, prefetch=prefetch) as stream:
             head = [plain(next(stream)) for _ in range(used)]
-            until(stream.ready.full)  # as many as can be are read ahead, and thrown away
+            until(lambda stream=stream: all(future.done() for future in stream.ahead))  # read ahead, and thrown away
         with FineWebBatchIterator(loader, 4 * used, prefetch=prefetch) as stream:
             tail = [plain(next(stream)) for _ in range(20 - used)]
         assert head + tail == direct
@@ -461,7 +466,7 @@ def test_error_while_reading_reaches_the_consumer(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         within(30, lambda: next(stream))
     assert caught.value is original
-    assert not stream.thread.is_alive()
+    assert not reading_ahead()
     within(30, stream.close)
 
 
@@ -489,7 +494,7 @@ def test_deleted_shard_is_named_by_the_iterator(tmp_path):
     assert [within(30, lambda: next(stream)).start for _ in range(3)] == [0, 4, 8]
     with pytest.raises((OSError, UserError), match=r"shard_3\.npy"):
         within(30, lambda: next(stream))
-    assert not stream.thread.is_alive()
+    assert not reading_ahead()
 
 
 @pytest.mark.parametrize("size", [0, 200])
@@ -500,7 +505,7 @@ def test_shard_shortened_after_opening_is_named(tmp_path, size):
     stream = FineWebBatchIterator(loader, 0)
     with pytest.raises(Exception, match=r"shard_0\.npy"):
         within(30, lambda: next(stream))
-    assert not stream.thread.is_alive()
+    assert not reading_ahead()
 
 
 def test_bad_token_stops_the_iterator(tmp_path):
@@ -533,22 +538,21 @@ def test_after_the_error_or_the_end_the_iterator_does_not_hang(tmp_path):
 
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_close_ends_the_thread(tmp_path, prefetch):
-    """Bug: close() waits for ever while the thread waits for room in a full queue; or leaves the thread behind."""
+    """Bug: close() waits for ever for a thread that waits for its consumer; or leaves the thread behind."""
     before = threading.active_count()
     stream = FineWebBatchIterator(toy_loader(tmp_path), 0, prefetch=prefetch)
-    until(stream.ready.full)
-    time.sleep(0.02)  # the thread now waits to put one more
+    until(lambda: all(future.done() for future in stream.ahead))
     within(30, stream.close)
-    assert not stream.thread.is_alive()
+    assert not reading_ahead()
     within(30, stream.close)  # twice is no error
     assert threading.active_count() <= before
 
 
 def test_leaving_the_with_block_ends_the_thread(tmp_path):
     """Bug: an exception in the training loop leaves the reading thread running."""
-    with pytest.raises(ZeroDivisionError), FineWebBatchIterator(toy_loader(tmp_path), 0) as stream:
+    with pytest.raises(ZeroDivisionError), FineWebBatchIterator(toy_loader(tmp_path), 0):
         raise ZeroDivisionError
-    assert not stream.thread.is_alive()
+    assert not reading_ahead()
 
 
 # ---------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class TrainConfig:
     compile: str = flag("auto", "torch.compile the training step; auto: on CUDA with Triton", unit="when",
                         choices=("auto", "on", "off"))  # fmt: skip
     deterministic: bool = flag(False, "on CUDA: the same bits whenever the same run is repeated or resumed; slower")
-    fsdp: bool = flag(False, "shard weights, gradients and optimizer state: for models that outgrow one device")
+    fsdp: bool = flag(False, "divide weights, gradients and optimizer state among the devices: for larger models")
     timeout: float = flag(1800.0, "that a process waits for another before the run fails", at_least=1, unit="seconds")
     grad_checkpoint: bool = flag(False, "recompute activations in the backward pass: less memory, about a third slower")
 

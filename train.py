@@ -155,10 +155,10 @@ def build(c: TrainConfig, rt, valid_vocab_size) -> Net:
     return Net(model, step_model, optimizer, torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == "float16"))
 
 
-def facts(c: TrainConfig, net: Net, data: Data) -> dict:
-    """What the log tells of a run besides its flags.
+def describe_run(c: TrainConfig, net: Net, data: Data) -> dict:
+    """What the log tells about a run besides its flags.
 
-    `identity` is what a run may not change half way: the numbers would no longer belong to one experiment."""
+    A run may not change its `identity` half way: its numbers would no longer belong to one experiment."""
     identity = {
         **asdict(net.model.config),
         "optimizer": c.optimizer,
@@ -183,6 +183,13 @@ def facts(c: TrainConfig, net: Net, data: Data) -> dict:
 # A step.
 
 
+def training_batches(c: TrainConfig, rt, data: Data, at: Position) -> FineWebBatchIterator:
+    """This rank's part of each global batch after the position `at`."""
+    shuffle = not c.no_shuffle
+    loader = FineWebDataLoader(data.train, c.batch_size, c.global_batch, c.seed, shuffle, rt.rank, rt.world)
+    return FineWebBatchIterator(loader, at.samples_seen, rt.device)
+
+
 def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     """One update from one global batch: accumulate, reduce, clip, check, step.
 
@@ -192,9 +199,9 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
         net.step_model.train()
     loss_sum = torch.zeros((), device=rt.device)
     for micro, (x, y) in enumerate(zip(batch.x, batch.y)):
-        if c.dropout:  # the masks are a function of the position, so nothing that draws numbers elsewhere can move them
+        if c.dropout:  # the masks depend on the position alone, not on random numbers used elsewhere
             torch.manual_seed(int(key64(c.seed, at.step, micro, rt.rank)[0]) % 2**63)
-        with runtime.sync_gradients(net.step_model, now=micro == len(batch.x) - 1):  # once a step
+        with runtime.sync_gradients(net.step_model, now=micro == len(batch.x) - 1):  # at the last micro-step
             with rt.autocast():
                 loss = net.step_model(x, y)
             # the sum over this micro-batch, divided by the whole global batch's count; DDP averages over ranks
@@ -305,7 +312,7 @@ def sample(c: TrainConfig, rt, model, data: Data) -> str:
             how, options = inference.PRESETS["nucleus"], dict(max_new_tokens=64, seed=c.seed, poll=poll)
             return inference.sample_text(model, data.tokenizer, c.sample_prompt, how, **options)
 
-    # a sharded model needs all ranks for each token; they draw the same ones
+    # under FSDP every token needs all ranks; with one seed they choose the same tokens
     [one] = text(rt.poll) if c.fsdp else rt.from_main(lambda: text(rt.signals.check))
     return one
 
@@ -352,7 +359,7 @@ def train(config: TrainConfig) -> dict:
             make_demo_corpus(c, rt)
         data = open_data(c, rt)
         net = build(c, rt, data.tokenizer.vocab_size)
-        about = facts(c, net, data)
+        about = describe_run(c, net, data)
         rt.refuse_disagreement(about["identity"])
         with Log(c, rt, about) as log, Saver(c, rt, about["identity"], data.tokenizer) as saver, rt.signals:
             at = saver.resume(net)
@@ -365,10 +372,8 @@ def train(config: TrainConfig) -> dict:
             log.introduce(at, saver.changed)
             refuse_wrong_products(net, rt, c.batch_size, c.dropout)
             reader = StepReader(delay=rt.device.type == "cuda")
-            order = (c.batch_size, c.global_batch, c.seed, not c.no_shuffle, rt.rank, rt.world)
-            loader = FineWebDataLoader(data.train, *order)
             try:
-                with FineWebBatchIterator(loader, at.samples_seen, rt.device) as batches:
+                with training_batches(c, rt, data, at) as batches:
                     while True:  # max_steps + 1 times: the first and the last state are evaluated like any other
                         saving = saver.due(at)
                         if saving:  # before the evaluations, which take long and change nothing

@@ -88,16 +88,15 @@ def shown(f) -> str:
 
 def range_of(f) -> str:
     """'at least 0 and below 1', or '' for a field without limits."""
-    words = {"at_least": "at least", "above": "above", "below": "below", "at_most": "at most"}
-    return " and ".join(f"{words[k]} {limit:,}" for k, limit in f.metadata["limits"].items() if limit is not None)
+    limits = f.metadata["limits"].items()
+    return " and ".join(f"{name.replace('_', ' ')} {limit:,}" for name, limit in limits if limit is not None)
 
 
 def within(f, value) -> bool:
     """Whether a number is finite and within the field's limits."""
-    limits = f.metadata["limits"]
     tests = {"at_least": float.__ge__, "above": float.__gt__, "below": float.__lt__, "at_most": float.__le__}
-    kept = (limit is None or tests[k](float(value), float(limit)) for k, limit in limits.items())
-    return math.isfinite(value) and all(kept)
+    limits = {name: limit for name, limit in f.metadata["limits"].items() if limit is not None}
+    return math.isfinite(value) and all(tests[k](float(value), float(limit)) for k, limit in limits.items())
 
 
 def did_you_mean(word, known) -> str:

@@ -26,10 +26,10 @@ PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
 class Log:
     """Tells what a run does: rows to metrics.jsonl and a tracker, lines to the terminal, a summary at the end.
 
-    c is the run's configuration; facts are `train.facts`. As a context it closes the file, the bar and the tracker."""
+    c is the run's configuration, about what `train.describe_run` returns. As a context it closes what it opened."""
 
-    def __init__(self, c, rt, facts):
-        self.c, self.rt, self.facts = c, rt, facts
+    def __init__(self, c, rt, about):
+        self.c, self.rt, self.about = c, rt, about
         self.metrics = self.progress = self.tracker = None
 
     def open(self, at, anew=False):
@@ -43,15 +43,15 @@ class Log:
         """Writes run.json, prints what is trained on what, and starts the tracker. changed: flags, as text."""
         if not self.rt.is_main:
             return
-        c, rt, facts = self.c, self.rt, self.facts
-        write_json(c.run_dir / "run.json", record_of_run(c, rt, facts))
+        c, rt, about = self.c, self.rt, self.about
+        write_json(c.run_dir / "run.json", record_of_run(c, rt, about))
         accumulation = c.total_batch_tokens // (c.batch_size * c.block_size * rt.world)
-        tokens, there = c.max_steps * c.total_batch_tokens, facts["training_tokens"]
-        print(f"model      {facts['parameters']:,} parameters, {facts['vocab_size']:,} token vocabulary")
+        tokens, there = c.max_steps * c.total_batch_tokens, about["training_tokens"]
+        print(f"model      {about['parameters']:,} parameters, {about['vocab_size']:,} token vocabulary")
         print(f"data       {there:,} tokens in {c.data_dir}; {tokens:,} to train on ({tokens / there:.2f} epochs)")
         sizes = f"{c.batch_size} x {c.block_size} x {accumulation} micro-steps x {rt.world} device(s)"
         print(f"step       {c.total_batch_tokens:,} tokens = {sizes}")
-        print(f"device     {rt.device}, {rt.dtype}{', compiled' if facts['compiled'] else ''}")
+        print(f"device     {rt.device}, {rt.dtype}{', compiled' if about['compiled'] else ''}")
         print(f"run        {c.run_dir}, {f'continued at step {at.step}' if at.step else 'from the beginning'}")
         if changed:
             print(f"changed    {', '.join(changed)}")
@@ -88,7 +88,7 @@ class Log:
         """One optimizer step: its loss, lr, grad_norm and checksum; speed and memory are added here."""
         elapsed, self.seconds = at.seconds - self.seconds, at.seconds
         rate, mfu = self.speed(self.c.total_batch_tokens, elapsed)
-        epoch = round(at.samples_seen / self.facts["n_windows"], 4)
+        epoch = round(at.samples_seen / self.about["n_windows"], 4)
         self.row("train", at, **values, samples_seen=at.samples_seen, epoch=epoch, tokens_per_second=round(rate),
                  mfu=mfu and round(mfu, 4), memory=self.rt.memory())  # fmt: skip
         norm = "skipped" if values.get("skipped") else f"norm {values['grad_norm']:.2f}"
@@ -110,7 +110,7 @@ class Log:
     def speed(self, tokens, seconds):
         """(tokens per second, share of the devices' peak FLOP/s or None where the peak is not known)."""
         rate, peak = tokens / max(seconds, 1e-9), self.rt.peak_flops()
-        return rate, rate * self.facts["flops_per_token"] / (peak * self.rt.world) if peak else None
+        return rate, rate * self.about["flops_per_token"] / (peak * self.rt.world) if peak else None
 
     def summary(self, at, stopped_by=0) -> dict:
         """Prints the summary of all sessions and returns it. stopped_by: the signal that ended this one early."""
@@ -127,7 +127,7 @@ class Log:
 
     def print_summary(self, at, tokens, val_loss, perplexity):
         rate, mfu = self.speed(tokens, at.seconds)
-        epochs = at.samples_seen / self.facts["n_windows"]
+        epochs = at.samples_seen / self.about["n_windows"]
         print(f"\nfinished   step {at.step:,}: {tokens:,} tokens, {epochs:.2f} epochs,"
               f" {duration(at.seconds)} of training")  # fmt: skip
         print(f"speed      {rate:,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else ""))
@@ -147,7 +147,7 @@ class Log:
                 opened.close()
 
 
-def record_of_run(c, rt, facts) -> dict:
+def record_of_run(c, rt, about) -> dict:
     """run.json: what a reader needs to repeat this run."""
     from support.runtime import git_commit, versions  # here: it imports torch, which preparing data does not need
 
@@ -159,7 +159,7 @@ def record_of_run(c, rt, facts) -> dict:
         "device": str(rt.device),
         "dtype": rt.dtype,
         "world_size": rt.world,
-        **{k: facts[k] for k in ("parameters", "training_tokens", "identity")},
+        **{k: about[k] for k in ("parameters", "training_tokens", "identity")},
     }
 
 

@@ -136,7 +136,7 @@ def toy(shards, tmp_path):
     net.model(torch.arange(8)[None], torch.arange(8)[None]).backward()
     net.optimizer.step()
     net.optimizer.zero_grad()
-    about = train_module.facts(config, net, toy_data)
+    about = train_module.describe_run(config, net, toy_data)
     log, saver = Log(config, rt, about), Saver(config, rt, about["identity"], toy_data.tokenizer)
     with saver:
         log.open(Position())

@@ -1,11 +1,14 @@
-"""A checkpoint as a folder that Hugging Face's transformers loads, and such a folder as a checkpoint.
+"""Writes a checkpoint as a folder that Hugging Face's transformers loads, and reads such a folder back.
 
-Notable: no code of ours goes along, because two architectures of transformers compute exactly this model:
-Starcoder2 with LayerNorm, Arcee with RMSNorm. What has to change is the order of the rows of q and k,
-since ours rotates channels (2i, 2i+1) and theirs (i, i + D/2). An export is believed only after
-transformers has loaded it and given our logits, our greedy tokens and our ids; then it gets its name.
+    python export_hf.py --checkpoint checkpoints/demo --out_dir hf_demo          # verified, or not written
+    python export_hf.py import hf_demo --out_dir checkpoints/from_hf             # also after fine-tuning
 
-Shapes: C = n_embd channels, H heads, D = C/H channels per head.
+The folder needs no code of this repository, because two architectures of transformers compute exactly this model:
+Starcoder2 with LayerNorm, Arcee with RMSNorm. Only the rows of q and k change their order: RoPE turns pairs of channels
+(2i, 2i+1) here and (i, i + D/2) there. An export gets its name when a process that has transformers and nothing of this
+repository has given our logits, our greedy tokens and our ids.
+
+Shapes: C = n_embd channels, H heads, D = C/H channels per head, V ids, T tokens.
 """
 
 import copy
@@ -46,9 +49,9 @@ SIZES = {  # of config.json, and ours
     "hidden_size": "n_embd",
 }
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-LARGEST_SIZE = 2**24  # of any of SIZES; a hostile config.json stops here
+LARGEST_SIZE = 2**24  # of any of SIZES; a larger one is an error or an attack
 GPT2 = "e49e7a5320e540ba86d47c5db469e6491cc823d5cb7a269eb2c984f35380198c"  # fingerprint of GPT-2's vocabulary
-TOLERANCE = 1e-4  # of logits, between two ways to order the same float32 sums
+TOLERANCE = 1e-4  # of logits: both compute the same float32 sums, in another order
 GREEDY_TOKENS = 32  # that transformers generates with its own cache
 STRINGS = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -58,23 +61,23 @@ STRINGS = (
 )
 
 # ---------------------------------------------------------------------------------------
-# The same model in two languages.
+# The same model under other names.
 
 
 def half_split(weight, n_head):
-    """Rows of q or k, (C, ...), from our pairs of channels (2i, 2i+1) to their pairs (i, i + D/2)."""
+    """Puts the rows of q or k, (C, ...), in their order: channels 2i and 2i+1 of a head go to i and i + D/2."""
     heads = weight.unflatten(0, (n_head, -1))
     return torch.cat((heads[:, 0::2], heads[:, 1::2]), dim=1).flatten(0, 1)
 
 
 def interleave(weight, n_head):
-    """The way back from `half_split`."""
+    """Puts the rows of q or k, (C, ...), in our order again: the inverse of `half_split`."""
     first, second = weight.unflatten(0, (n_head, -1)).chunk(2, dim=1)
     return torch.stack((first, second), dim=2).flatten(0, 2)
 
 
 def modules(c: GPTConfig) -> dict[str, tuple]:
-    """Our modules, and the names of theirs that hold the same weights: one each, but three for c_attn."""
+    """For each of our modules, the names of theirs that hold the same weights: three for c_attn, else one."""
     up, down = ("mlp.c_fc", "mlp.c_proj") if c.norm == "layernorm" else ("mlp.up_proj", "mlp.down_proj")
     names = {"wte": ("model.embed_tokens",), "ln_f": ("model.norm",)}
     for i in range(c.n_layer):
@@ -88,8 +91,8 @@ def modules(c: GPTConfig) -> dict[str, tuple]:
 
 
 def to_hf(state, c: GPTConfig) -> dict:
-    """Our tensors under their names. Padding rows of the embedding stay behind, so that their ids do not
-    exist; Starcoder2 has every bias, so those that we lack are zeros."""
+    """Our tensors under their names. The padding rows of the embedding are left out, so that no one can sample their
+    ids. Starcoder2 has every bias; those that our model does not have are zeros."""
     theirs = {}
     for ours, parts in modules(c).items():
         for kind in ("weight", "bias"):
@@ -100,13 +103,13 @@ def to_hf(state, c: GPTConfig) -> dict:
                 continue
             t = t[: c.valid_vocab_size] if ours == "wte" else t
             for name, piece in zip(parts, t.chunk(len(parts))):
-                rotated = name.endswith(("q_proj", "k_proj"))
-                theirs[f"{name}.{kind}"] = half_split(piece, c.n_head) if rotated else piece
+                in_rope = name.endswith(("q_proj", "k_proj"))
+                theirs[f"{name}.{kind}"] = half_split(piece, c.n_head) if in_rope else piece
     return theirs
 
 
 def from_hf(theirs, c: GPTConfig) -> dict:
-    """Their tensors under our names. The padding rows of the embedding, which mean nothing, are zeros."""
+    """Their tensors under our names. The padding rows of the embedding, which have no meaning, are zeros."""
     state = {}
     for ours, parts in modules(c).items():
         for kind in ("weight", "bias"):
@@ -122,7 +125,7 @@ def from_hf(theirs, c: GPTConfig) -> dict:
 
 
 def hf_config(c: GPTConfig) -> dict:
-    """The keys of config.json that decide what transformers computes, none of them left to its defaults."""
+    """The keys of config.json that decide what transformers computes. None is left to the library's default."""
     values = {"model_type": ARCHITECTURES[c.norm][0]}
     values |= {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
     values |= {
@@ -139,13 +142,14 @@ def hf_config(c: GPTConfig) -> dict:
 
 
 # ---------------------------------------------------------------------------------------
-# Out.
+# Export.
 
 
 def export(path, out_dir, dtype="float32") -> dict:
-    """Writes a run's newest checkpoint, or the one named, as the new folder `out_dir`; returns what was measured.
+    """Writes the checkpoint that `path` means (see checkpoint.find_checkpoint) as the new folder `out_dir`.
 
-    The folder appears whole and verified, by one rename, or not at all. Raises UserError.
+    Returns what was measured, see `compare_with_transformers`. The folder appears complete and verified, by one rename,
+    or not at all. Raises UserError.
     """
     path, out_dir = checkpoint.find_checkpoint(path), Path(out_dir)
     refuse_existing(out_dir)
@@ -174,7 +178,7 @@ def refuse_existing(out_dir):
 
 
 def rounded_to(model, dtype):
-    """A copy of the model whose weights have been rounded to `dtype`. UserError where one does not fit."""
+    """A copy of the model, its weights rounded to `dtype`. UserError where a weight is too large for it."""
     rounded = copy.deepcopy(model)
     for name, p in rounded.named_parameters():
         p.data = p.data.to(DTYPES[dtype]).float()
@@ -184,14 +188,14 @@ def rounded_to(model, dtype):
 
 
 def write_folder(folder, model, tokenizer, dtype):
-    """Everything but the model card, flushed to the disk."""
+    """Writes all files except the model card, and flushes them to the disk."""
     c, eot = model.config, {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
     about = {"architectures": [ARCHITECTURES[c.norm][1]], "torch_dtype": dtype}
     about["rope_theta"] = c.rope_theta  # where transformers 4 looks for it
     write_json(folder / CONFIG, about | hf_config(c) | eot)
     write_json(folder / "generation_config.json", eot)
     tokenizer.save(folder)
-    plain = read_json(folder / TOKENIZER) | {"post_processor": None}  # it might add tokens that ours never adds
+    plain = read_json(folder / TOKENIZER) | {"post_processor": None}  # it could add tokens that `encode` never adds
     write_whole(folder / TOKENIZER, json.dumps(plain, ensure_ascii=False).encode())
     marker = tokenizer.backend.id_to_token(tokenizer.eot_token)
     about = {
@@ -199,8 +203,11 @@ def write_folder(folder, model, tokenizer, dtype):
         "bos_token": marker,
         "eos_token": marker,
         "model_max_length": c.block_size,
-        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds token_type_ids, which no GPT takes
-        "clean_up_tokenization_spaces": False,  # the default of transformers 4 eats spaces before punctuation
+        "model_input_names": [
+            "input_ids",
+            "attention_mask",
+        ],  # transformers 4 adds token_type_ids, which a GPT does not have
+        "clean_up_tokenization_spaces": False,  # by default transformers 4 removes spaces before punctuation
     }
     write_json(folder / "tokenizer_config.json", about)
     tensors = {n: t.to(DTYPES[dtype]).contiguous() for n, t in to_hf(model.state_dict(), c).items()}
@@ -300,7 +307,7 @@ def measurements(run_dir, step) -> dict[str, dict]:
 
 
 def card(path, model, tokenizer, dtype, measured) -> str:
-    """README.md of the export: what the model is and what was measured at the checkpoint `path`, and no more."""
+    """README.md of the export: what the model is, how it was trained and what was measured at this checkpoint."""
     c, step, run_dir = model.config, read_json(path / checkpoint.MANIFEST).get("step"), path.resolve().parent
     count = model.num_parameters() - (c.vocab_size - c.valid_vocab_size) * c.n_embd
     rows = measurements(run_dir, step)
@@ -329,7 +336,7 @@ def card(path, model, tokenizer, dtype, measured) -> str:
 
 
 def results(rows) -> dict:
-    """What was measured at the step, or that it was not."""
+    """The measured numbers of the step; "not measured" stands for one that is not there."""
 
     def shown(row, key, form, unit=""):
         value = rows.get(row, {}).get(key)
@@ -348,7 +355,8 @@ def results(rows) -> dict:
 
 
 def training(facts) -> dict:
-    """What run.json says of the training. Of the data only the folder's name: a path may tell of a person."""
+    """What run.json says of the training. Of the data's path only the folder's name, because a path may hold the
+    name of a person."""
     config, versions = facts.get("config", {}), facts.get("versions", {})
     names = ("preset", "max_steps", "total_batch_tokens", "lr", "min_lr", "weight_decay", "dropout", "seed")
     settings = ", ".join(f"{name} {config[name]}" for name in names if config.get(name) is not None)
@@ -401,14 +409,14 @@ with squared ReLU, so its output would be wrong, and vLLM's own Arcee refuses GE
 """
 
 # ---------------------------------------------------------------------------------------
-# Back.
+# Import.
 
 
 def import_folder(folder, out_dir) -> Path:
-    """A folder written by `export`, or fine-tuned from one, as the checkpoint out_dir/step_00000000; returns it.
+    """Reads a folder that `export` wrote, also after fine-tuning; returns the checkpoint out_dir/step_00000000.
 
-    transformers reads it. 16-bit weights become float32; padding rows of the embedding become zeros. Raises UserError
-    where the folder holds another model than ours, naming what differs, and where out_dir exists.
+    transformers reads the folder. 16-bit weights become float32; the padding rows of the embedding become zeros.
+    UserError names what differs where the folder holds another model than ours; it is raised where out_dir exists, too.
     """
     folder, out_dir = Path(folder), Path(out_dir)
     refuse_existing(out_dir)
@@ -421,7 +429,7 @@ def import_folder(folder, out_dir) -> Path:
     if valid > config.valid_vocab_size:
         raise UserError(f"{folder}: the tokenizer has {valid:,} ids, the embedding {config.valid_vocab_size:,} rows")
     config = dataclasses.replace(config, valid_vocab_size=valid, vocab_size=-(-valid // 64) * 64)
-    if config.norm == "layernorm":  # zeros stand for biases that are not there
+    if config.norm == "layernorm":  # biases that are all zero were added by `to_hf`
         config = dataclasses.replace(config, bias=any(t.any() for n, t in tensors.items() if n.endswith("bias")))
     model = GPT(config)
     model.load_state_dict(from_hf(tensors, config))
@@ -441,7 +449,7 @@ def transformers():
 
 
 def read_config(folder) -> GPTConfig:
-    """Our config, from a config.json that describes exactly our model; UserError names every value that does not."""
+    """Our configuration, from a config.json of exactly our model. UserError names every value that differs."""
     path = folder / CONFIG
     try:
         found = transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -471,9 +479,10 @@ def read_config(folder) -> GPTConfig:
 
 @torch.no_grad()
 def read_tensors(folder, config) -> dict[str, torch.Tensor]:
-    """Tensors by name in float32. UserError names a missing, extra, misshapen or non-finite one, or an untied head."""
+    """Tensors by name in float32. UserError names one that is missing, unexpected, of another shape or not finite, and
+    a head that is not the embedding."""
     count = check_files(folder)
-    if config.n_layer > count:  # transformers would first build them all
+    if config.n_layer > count:  # transformers would build all the layers first
         raise UserError(f"{folder}: {CONFIG} says {config.n_layer:,} layers, the files hold {count} tensors")
     how = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     try:
@@ -493,8 +502,10 @@ def read_tensors(folder, config) -> dict[str, torch.Tensor]:
 
 
 def check_files(folder) -> int:
-    """How many tensors model.safetensors holds, or the files that its index lists. transformers would follow a path out
-    of the folder and turn integers into weights; so UserError for these, for a damaged file and for pickles."""
+    """The number of tensors in model.safetensors, or in the files that its index lists.
+
+    UserError for what transformers accepts: a path that leads out of the folder, integers as weights. And for damaged
+    files and pickles."""
     if (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) and all(map(is_name, listed.values())) else set()
@@ -517,7 +528,7 @@ def check_files(folder) -> int:
 
 
 def is_name(value) -> bool:
-    """Whether this is the name of a safetensors file, with no way out of its folder."""
+    """Whether this is the name of a safetensors file in the same folder."""
     return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
 
 
@@ -526,14 +537,14 @@ def is_name(value) -> bool:
 
 
 def push(folder, repo) -> str:
-    """Uploads a folder to the hub's model USER/NAME, created if it is not there; returns its address."""
+    """Uploads a folder as the hub's model USER/NAME, which is created if it does not exist; returns its address."""
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()  # finds the token that `hf auth login` or HF_TOKEN left; none is stored here
         address = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model exported and verified")
-    except Exception as error:  # a hub has many ways to be out of reach
+    except Exception as error:  # each cause has an error of its own
         why = " ".join(str(error).split())[:300]
         raise UserError(
             f"{folder} is complete on this machine, but the hub did not take it ({type(error).__name__}: {why}); "

@@ -1,26 +1,23 @@
-"""HellaSwag: does the model find the true continuation of a scene likelier than three false ones?
+"""HellaSwag: of four endings of a scene, does the model give the true one the highest probability?
 
-10,042 validation examples of a context and four endings (Zellers et al. 2019). A base model is
-not asked a question; each ending is scored by the probability the model gives its tokens after
-the context, and the likeliest counts as its answer. How the text is cut into tokens and how
-lengths are evened out moves the result by points, so every number here carries the name of its
-convention, and one run gives both:
+    python hellaswag_eval.py --checkpoint checkpoints/demo               # four accuracies, beside GPT-2's
+    python hellaswag_eval.py --hf_model gpt2 --dtype float32             # the same code on another model
 
-  completion   raw context; each ending tokenised alone behind a space. `acc` compares summed
-               log-probabilities, `acc_norm` their mean per token. The convention of
-               build-nanogpt and llm.c, under which GPT-2 124M has 28.59 acc and 29.55 acc_norm.
-  harness      the activity's name before the context, WikiHow's marks removed; context and ending
-               tokenised together. `acc` compares sums, `acc_norm` sums per character. The convention
-               of lm-evaluation-harness, under which GPT-2 124M has 28.92 acc and 31.14 acc_norm.
+The validation set has 10,042 examples of a context and four endings (Zellers et al. 2019). A base model cannot be asked
+a question. So each ending is scored by the log-probability of its tokens after the context, and the ending with the
+highest score is the model's answer. Two details move the accuracy by points: how the text is cut into tokens, and how
+endings of different length are compared. So each number has the name of its convention, and one run gives both:
 
-Products in bfloat16, the default on some machines, move single choices (1 of 500): compare with the figures above, or
-with another machine's, in --dtype float32.
+  completion   raw context; each ending tokenised alone, behind a space. `acc` compares summed log-probabilities,
+               `acc_norm` their mean per token. The convention of build-nanogpt and llm.c.
+  harness      the activity's name before the context, WikiHow's marks removed; context and ending tokenised together.
+               `acc` compares sums, `acc_norm` sums per character. The convention of lm-evaluation-harness.
 
-Notable: the context is read once for its four endings, which lie behind it in one row, each
-seeing the context and itself, at the positions it would have alone. The projection to the
-vocabulary, the dearest part of a small model, is computed only where an ending's token is
-predicted. Batches, not examples, are dealt out to the ranks, so each number is bit for bit the
-same on any number of them.
+Products in bfloat16 change single answers (1 of 500): for a comparison with published figures use --dtype float32.
+
+The four endings of an example lie in one row behind their context, which is computed once. Logits are computed only
+where a token of an ending is predicted. Ranks share batches, not examples, so the numbers are the same for any number
+of ranks, to the last bit.
 
 Shapes: N examples, 4 endings each, S sequences (a context and one ending), B rows in a batch,
 T tokens in a row, C channels, E predicted tokens in a batch.
@@ -89,17 +86,8 @@ def download_examples(path):
     except UserError as error:
         raise UserError(
             f"HellaSwag could not be fetched ({error}). Fetch {URL} by other means and put it at {path}, "
-            "or name any copy of it with --data PATH (train.py: --hellaswag_data PATH)"
+            "or name a copy of it with --data PATH (train.py: --hellaswag_data PATH)"
         ) from error
-
-
-def parse_example(line: bytes) -> dict:
-    """The example in a line of JSON; raises ValueError that says what is wrong with it."""
-    try:
-        example = json.loads(line.strip())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-    return checked(example)
 
 
 def checked(example) -> dict:
@@ -120,37 +108,40 @@ def checked(example) -> dict:
     return example
 
 
+def parse_line(line: bytes):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+
+
 def read_examples(path):
     """Yields the examples of a file: JSON lines, or parquet as the hub has it. UserError names file and line."""
-    if Path(path).suffix.lower() != ".parquet":
-        with open(path, "rb") as f:
-            yield from numbered(path, "line", f, parse_example)
-        return
-    import pyarrow
-    import pyarrow.parquet
+    if Path(path).suffix.lower() == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
 
-    try:
-        rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
-    yield from numbered(path, "row", rows, checked)
-
-
-def numbered(path, what, lines, read):
-    for number, line in enumerate(lines, 1):
         try:
-            yield read(line)
+            rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
+        what, read = "row", lambda row: row
+    else:
+        rows = Path(path).read_bytes().splitlines()
+        what, read = "line", parse_line
+    for number, row in enumerate(rows, 1):
+        try:
+            yield checked(read(row))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, {what} {number}: {error}") from error
 
 
 def load_examples(path=None, limit: int | None = None) -> list[dict]:
-    """The first `limit` examples of the file, in its order: activity_label, ctx, ctx_a, ctx_b (str; ctx is
-    ctx_a and behind it the fragment ctx_b, "" if there is none), label (0..3) and endings (4 str).
-    JSON lines, or parquet; the hub's label "3" is 3.
+    """The first `limit` examples of a file of JSON lines or parquet, in its order.
 
-    A `path` is taken as it is, whatever its number of lines; without one comes the official file, downloaded the
-    first time. UserError names file and line where one is malformed.
+    An example has activity_label, ctx_a, ctx_b ("" if there is none), ctx (ctx_a and ctx_b), label (0..3) and endings
+    (4 texts). Without a `path` the file is the official one, downloaded the first time. UserError names file and line
+    where one is malformed.
     """
     if path is None:
         download_examples(path := CACHE)
@@ -168,10 +159,10 @@ def load_examples(path=None, limit: int | None = None) -> list[dict]:
 
 
 def render_completion(examples, tokenizer, prefix=()):
-    """Pairs (ids of the context, ids of an ending), 4 for each example in the `completion` convention,
-    and the units (4N,) of the endings, by which acc_norm divides; None stands for their scored tokens.
+    """The `completion` convention: 4 pairs (ids of the context, ids of an ending) for each example.
 
-    There is nothing before the context, whatever the `prefix`.
+    Returns (pairs, units). The units are the lengths (4N,) by which acc_norm divides; None: the endings' tokens.
+    No `prefix` is put before the context here.
     """
     pairs = []
     texts = [text for e in examples for text in (e["ctx"], *(f" {ending}" for ending in e["endings"]))]
@@ -182,16 +173,17 @@ def render_completion(examples, tokenizer, prefix=()):
 
 
 def render_harness(examples, tokenizer, prefix=()):
-    """As `render_completion`, by the rules of lm-evaluation-harness 0.4; acc_norm divides by characters.
+    """The `harness` convention, by the rules of lm-evaluation-harness 0.4: (pairs, units) as `render_completion` gives.
 
-    `prefix`: ids that the model's tokenizer puts before any text (Llama's <s>; GPT-2 has none).
+    The units are characters. `prefix`: ids that the model's tokenizer puts before any text (Llama's <s>; GPT-2 has
+    none).
     """
     pairs, texts, units = [], [], []
     for e in examples:
         query = harness_text(f"{e['activity_label']}: {e['ctx_a']} {e['ctx_b'].capitalize()}")
         endings = [harness_text(ending) for ending in e["endings"]]
         texts += [query.rstrip(), *(f"{query} {ending}" for ending in endings)]
-        units += [len(ending) for ending in endings]  # the space before it does not count
+        units += [len(ending) for ending in endings]  # without the space before it
     for context, *wholes in groups(ids_of(texts, tokenizer), 5):
         start = [*prefix, *context] or [tokenizer.eot_token]
         pairs += [(start, whole[len(context) :]) for whole in wholes]  # spaces at the query's end go to the ending
@@ -205,7 +197,7 @@ def harness_text(text: str) -> str:
 
 
 def ids_of(texts, tokenizer):
-    """A list of ids for each text, by the faster of the tokenizer's ways."""
+    """A list of ids for each text."""
     return [ids.tolist() for ids in tokenizer.encode_arrays(texts)]
 
 
@@ -222,7 +214,7 @@ CONVENTIONS = {"completion": render_completion, "harness": render_harness}
 
 @dataclass
 class Scores:
-    """What the model says about N examples; from it every accuracy follows. Dictionaries are by convention."""
+    """The scores of N examples, from which every accuracy follows. Dictionaries are by convention."""
 
     labels: np.ndarray  # (N,) which ending is the true one
     sums: dict[str, np.ndarray]  # (N, 4) float64: summed log-probability of an ending's tokens, nats
@@ -230,10 +222,12 @@ class Scores:
     truncated: int  # examples of which some sequence lost its beginning
 
     def choices(self) -> dict[str, np.ndarray]:
-        """The ending (N,) that the model prefers, by the name of the accuracy; of equals the first."""
+        """The ending (N,) with the highest score, by the name of the accuracy; the first of equal ones."""
         result = {}
         for name, sums in self.sums.items():
-            with np.errstate(divide="ignore"):  # an ending of nothing but marks is never chosen: -x / 0 = -inf
+            with np.errstate(
+                divide="ignore"
+            ):  # an ending of marks alone has no characters; -x / 0 = -inf is never chosen
                 per_unit = sums / self.units[name]
             result |= {f"{name}_acc": sums.argmax(1), f"{name}_acc_norm": per_unit.argmax(1)}
         return result
@@ -248,17 +242,17 @@ class Scores:
         return result | {"examples": n, "truncated": self.truncated}
 
 
-def fit(context: list[int], ending: list[int], block_size: int) -> tuple[list[int], int]:
-    """A sequence: (ids, how many of the last are scored). What is too long loses its beginning.
+def cut_to_context(context: list[int], ending: list[int], block_size: int) -> tuple[list[int], int]:
+    """A sequence: (ids, how many of the last are scored). One that is too long loses its beginning.
 
-    The last id is predicted but never read, so block_size + 1 of them fit.
+    block_size + 1 ids fit, because the last one is predicted and never an input.
     """
     ids = (context + ending)[-(block_size + 1) :]
     return ids, min(len(ending), len(ids) - 1)
 
 
 class Row(NamedTuple):
-    """Sequences that are read together: the beginning that they share, then the rest of each in turn."""
+    """Sequences in one row of a batch: the beginning that they share, then the rest of each of them."""
 
     ids: list[int]  # (T,)
     positions: list[int]  # (T,) of each token in its own sequence
@@ -271,21 +265,21 @@ class Row(NamedTuple):
 def pack(sequences, numbers) -> Row:
     """The row of the sequences (ids, scored) with these numbers.
 
-    What all of them begin with, as a rule the context, is in it once; where they begin differently, because
-    they lost their beginnings or were tokenised otherwise, less is shared and the scores stay the same.
+    The beginning that all of them have in common is in the row once. It is the context, or less where a sequence lost
+    its beginning or was tokenised differently; the scores are the same in each case.
     """
     inputs = [sequences[n][0][:-1] for n in numbers]
     shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*inputs)))
     row = Row(inputs[0][:shared], list(range(shared)), [0] * shared, [], [], [])
-    for part, (number, read) in enumerate(zip(numbers, inputs), 1):
+    for part, (number, own) in enumerate(zip(numbers, inputs), 1):
         ids, scored = sequences[number]
-        shift, first = len(row.ids) - shared, len(read) - scored
-        row.where.extend(p if p < shared else p + shift for p in range(first, len(read)))
+        shift, first = len(row.ids) - shared, len(own) - scored
+        row.where.extend(p if p < shared else p + shift for p in range(first, len(own)))
         row.targets.extend(ids[-scored:])
         row.owners.extend([number] * scored)
-        row.ids.extend(read[shared:])
-        row.positions.extend(range(shared, len(read)))
-        row.parts.extend([part] * (len(read) - shared))
+        row.ids.extend(own[shared:])
+        row.positions.extend(range(shared, len(own)))
+        row.parts.extend([part] * (len(own) - shared))
     return row
 
 
@@ -300,9 +294,9 @@ def make_rows(sequences, block_size, packed=True) -> list[Row]:
 
 
 def batches(rows, batch_tokens: int):
-    """Lists of rows, longest rows first, so that too large a batch fails at once and not at the end.
+    """Lists of rows, the longest rows first, so that a batch that exceeds the memory fails at once.
 
-    B rows padded to T tokens satisfy B·T <= batch_tokens, except that a batch has at least one row.
+    B rows padded to T tokens have B·T <= batch_tokens; but a batch has at least one row.
     """
     rows = sorted(rows, key=lambda row: -len(row.ids))  # stable: equals stay in order
     start = 0
@@ -313,17 +307,18 @@ def batches(rows, batch_tokens: int):
 
 
 def visible(parts):
-    """Part of each token (B, T) -> mask (B, 1, T, T), True where a query may look: at the tokens up to
-    itself that belong to its own sequence. As each sees itself, no softmax is over nothing, padding's included."""
+    """Part of each token (B, T) -> mask (B, 1, T, T), True where a query may look at a key.
+
+    A query may look at the tokens of its own sequence up to itself. So each query has at least one key, padding too."""
     query, key = parts[:, :, None], parts[:, None, :]
     causal = torch.ones(parts.size(1), parts.size(1), dtype=torch.bool, device=parts.device).tril()
     return (((key == 0) | (key == query)) & causal)[:, None]
 
 
 def score_batch(model, batch, device, pieces=1) -> np.ndarray:
-    """Log-probability (E,), nats, of each target of the rows in turn; the logits are made in `pieces`."""
+    """Log-probability (E,), nats, of the targets of all rows, in order; the logits are computed in `pieces`."""
     T = max(len(row.ids) for row in batch)
-    padded = torch.zeros(3, len(batch), T, dtype=torch.long)  # on the right, where nothing that counts looks
+    padded = torch.zeros(3, len(batch), T, dtype=torch.long)  # on the right, where no query of a sequence looks
     for b, row in enumerate(batch):
         padded[:, b, : len(row.ids)] = torch.tensor([row.ids, row.positions, row.parts])
     ids, positions, parts = padded.to(device)
@@ -349,10 +344,10 @@ def score_sequences(
 ) -> np.ndarray:
     """Summed log-probability (S,), nats, of the scored ids of each (ids, scored) in `sequences`.
 
-    With several ranks, 0 where another rank has the sequence: the sum over the ranks is whole. They go
-    in rounds, in each of which every rank calls `poll()`, once `model.features`, and `model.logits` as
-    often as the others: for a sharded model these are meetings of all ranks. After each batch of its own
-    a rank calls `progress(sums, done)`, `done` (S,) being True where a sequence is scored.
+    With several ranks, 0 where another rank has the sequence; the sum over the ranks is the result. In each round
+    every rank calls `poll()` once, `model.features` once, and `model.logits` as often as the others, because all ranks
+    of a sharded model compute together. After each batch of its own a rank calls `progress(sums, done)`, where `done`
+    (S,) is True for the sequences that are scored.
     """
     todo = list(batches(make_rows(sequences, model.config.block_size, packed), batch_tokens))
     pieces = max(-(-sum(len(row.targets) for row in batch) // LOGIT_ROWS) for batch in todo)
@@ -364,7 +359,7 @@ def score_sequences(
             if poll is not None:
                 poll()
             idle = first + rank >= len(todo)
-            batch = todo[-1][-1:] if idle else todo[first + rank]  # idle: the shortest row again, for nothing
+            batch = todo[-1][-1:] if idle else todo[first + rank]  # an idle rank computes the shortest row again
             log_p = score_batch(model, batch, device, pieces)
             if idle:
                 continue
@@ -384,20 +379,20 @@ def score(
 ) -> Scores:  # fmt: skip
     """The model's `Scores` on the examples, under the caller's autocast; log-probabilities are float32.
 
-    Every rank passes all the examples and gets the whole answer; `reduce`, needed where there are several,
-    adds a float64 tensor on `device` up over the ranks and returns it. `progress` and `poll` are called as in
-    `score_sequences`, which are in the order (convention, example, ending); what they raise ends the evaluation
-    and leaves the model in the mode it had. `poll` has to raise on all ranks or on none.
+    Every rank gives all the examples and gets all the scores. With several ranks, `reduce` sums a float64 tensor on
+    `device` over them and returns it. `progress` and `poll` are those of `score_sequences`, whose sequences are in the
+    order (convention, example, ending). What they raise ends the evaluation; the model keeps the mode that it had.
+    `poll` must raise on all ranks or on none.
     """
     device = torch.device(device or next(model.parameters()).device)
-    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16_384)  # a CPU gains nothing from more
+    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16_384)  # larger ones are not faster on a CPU
     block_size, shape = model.config.block_size, (len(conventions), len(examples), 4)
     rendered = [CONVENTIONS[name](examples, tokenizer, prefix) for name in conventions]
     pairs = [pair for some, _ in rendered for pair in some]
     without = next((i for i, (_, ending) in enumerate(pairs) if not ending), None)
     if without is not None:
         raise UserError(f"HellaSwag example {without // 4 % len(examples)} has an ending without tokens")
-    sequences = [fit(context, ending, block_size) for context, ending in pairs]
+    sequences = [cut_to_context(context, ending, block_size) for context, ending in pairs]
     sums = score_sequences(model, sequences, device, batch_tokens, rank, world, progress, poll, packed)
     if world > 1:
         sums = reduce(torch.from_numpy(sums).to(device)).cpu().numpy()
@@ -428,11 +423,11 @@ def evaluate(model, tokenizer, examples, **options) -> dict:
 
 
 class HFModel(torch.nn.Module):
-    """A transformers causal language model under the names that `score` calls.
+    """A causal language model of transformers with the methods that `score` calls.
 
-    Some architectures scale or cap their logits after the projection. Where projecting the last states does
-    not give the very logits of the model's own forward pass, `features` are those logits, for all tokens.
-    Rows hold one sequence each (packed=False): positions and masks of packed ones are not one thing to all.
+    Some architectures scale or cap their logits after the projection. Where the projection of the last states does not
+    equal the logits of the model's own forward pass, `features` are those logits, for all tokens.
+    Each row holds one sequence (packed=False), because architectures differ in how they take positions and masks.
     """
 
     def __init__(self, lm, block_size):
@@ -454,7 +449,7 @@ class HFModel(torch.nn.Module):
 
 
 class HFTokenizer:
-    """A transformers tokenizer under the names that `score` uses."""
+    """A tokenizer of transformers with the names that `score` uses."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -490,8 +485,7 @@ def load_hf(name, device) -> tuple[HFModel, HFTokenizer]:
 
 
 def running_accuracy(bar, labels):
-    """A `progress` that shows on a support.tracking.Progress how many examples are complete, and the accuracies by
-    sum among them."""
+    """A `progress` for `score`: the bar shows how many examples are complete and their accuracies by sum."""
 
     def progress(sums, done):
         complete = done.reshape(-1, len(labels), 4).all((0, 2))
@@ -505,7 +499,7 @@ def running_accuracy(bar, labels):
 
 
 def as_json_lines(scores: Scores) -> str:
-    """One object a line: index, label, by convention sums (nats) and units (tokens or characters), choices."""
+    """A JSON object a line: index, label, sums (nats) and units (tokens or characters) by convention, choices."""
     choices, lines = scores.choices(), []
     for index, label in enumerate(scores.labels.tolist()):
         line = {"index": index, "label": label}
@@ -517,7 +511,7 @@ def as_json_lines(scores: Scores) -> str:
 
 
 def report(result: dict) -> str:
-    """The table for a person: percent and standard error, beside GPT-2 124M and chance."""
+    """The table that is printed: percent and standard error, beside GPT-2 124M and chance."""
     lines = [f"{'HellaSwag, percent':<22}{'this model':>14}{'GPT-2 124M':>12}{'chance':>8}"]
     for name, reference in GPT2_124M.items():
         value = f"{100 * result[name]:.2f} ± {100 * result[f'{name}_stderr']:.2f}"

@@ -1,9 +1,14 @@
-"""Text from a trained model: sampling functions, generation with a cache, presets and the command line.
+"""Continues a text with a trained model: sampling functions, generation with a cache, presets, the command line.
 
-Notable: each sampling rule is a function of a few lines on logits (B, V), applied in the order in
-which they are written below; a sample is drawn with its own random stream, so it does not depend on
-how many are drawn beside it and training's stream is never touched; all samples of a prompt share
-one prefill; and text is shown as soon as, but never before, no later token can change it.
+    python inference.py                                              # the newest checkpoint, under every preset
+    python inference.py --preset nucleus --prompt "The sea" --num_samples 3
+
+From Python: model, tokenizer = load_model("checkpoints/demo"); sample_text(model, tokenizer, "The").
+
+A sampling function takes logits (B, V) and rules tokens out; `choose` calls them in the order in which they are written
+below. Each sample has its own random stream, so it does not depend on how many are drawn beside it, and training's
+stream does not move. All samples of a prompt share one pass over the prompt. A piece of text is shown as soon as no
+later token can change it.
 
 Shapes: B samples, T tokens, C channels, V ids that the tokenizer can produce.
 """
@@ -38,15 +43,15 @@ from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"
 PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
-GREEDY_BELOW = 1e-5  # a temperature so low is greedy; in float32 the lowest ones are 0
-MOST_NUCLEI = 1024  # tokens that hold most nuclei; a sort of 50,257 would take 8 to 15% of a token's time on a CPU
-UNFINISHED = "\ufffd"  # decoding gives it for bytes that are not, or not yet, a character
-WINDOW = 4  # tokens that decide how the next one decodes; a character has at most 4 bytes
+GREEDY_BELOW = 1e-5  # lower temperatures are greedy too: in float32 some of them are 0
+MOST_NUCLEI = 1024  # most nuclei are smaller; a sort of 50,257 tokens takes 8 to 15% of a token's time on a CPU
+UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not yet
+WINDOW = 4  # tokens on which the text of the next one can depend; a character has at most 4 bytes
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The defaults draw from the model's own distribution."""
+    """How the next token is chosen. The defaults sample from the model's own distribution."""
 
     temperature: float = flag(1.0, "divides the logits; 0 is greedy: always the most probable token", at_least=0)
     top_k: int = flag(0, "tokens to draw from, the best N; 0 is off", at_least=0, unit="tokens")
@@ -55,7 +60,7 @@ class Sampling:
     repetition_penalty: float = flag(1.0, "above 1, seen tokens are less likely; 1 is off", above=0)
 
     def problems(self) -> list[str]:
-        """Every value that has no meaning, one line each."""
+        """Every value that is out of range, a line each."""
         return range_problems(self)
 
     def __str__(self):
@@ -70,45 +75,44 @@ PRESETS = {
 }
 
 # ---------------------------------------------------------------------------------------
-# Sampling. Each function takes logits (B, V) in float32 and returns such logits; a token
-# that is ruled out has -inf.
+# Sampling. Each function takes and returns logits (B, V) in float32; a token that is ruled out has -inf.
 
 
 def penalize(logits, seen, penalty):
-    """Makes tokens that are `seen` (B, V) less likely (CTRL, Keskar et al. 2019).
+    """Makes the tokens that are `seen` (B, V) less likely (CTRL, Keskar et al. 2019).
 
-    A positive logit is divided and a negative one multiplied, so both go down for a penalty above 1.
+    A positive logit is divided and a negative one multiplied, so a penalty above 1 lowers both.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def keep_top_k(logits, k):
-    """The k best tokens, and those equal to the last of them; k is clamped to V (Fan et al. 2018)."""
+    """Keeps the k most probable tokens and those equal to the last of them; k is at most V (Fan et al. 2018)."""
     worst_kept = logits.topk(min(k, logits.size(-1))).values[:, -1:]
     return logits.masked_fill(logits < worst_kept, -math.inf)
 
 
 def keep_top_p(logits, p):
-    """The nucleus: the smallest set of tokens whose probability reaches p (Holtzman et al. 2019)."""
+    """Keeps the nucleus: the smallest set of tokens whose probability reaches p (Holtzman et al. 2019)."""
     probabilities = logits.softmax(-1)
-    best, ids = probabilities.topk(min(MOST_NUCLEI, logits.size(-1)))  # in descending order, as after a sort
-    if best.sum(-1).min() < p:
+    best, ids = probabilities.topk(min(MOST_NUCLEI, logits.size(-1)))  # the beginning of the sort, at a lower cost
+    if best.sum(-1).min() < p:  # a larger nucleus needs the whole sort
         best, ids = probabilities.sort(-1, descending=True)
-    inside = best.cumsum(-1) - best < p  # what comes before falls short of p; nothing comes before the best
+    inside = best.cumsum(-1) - best < p  # the tokens before this one have not reached p; the first is always inside
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, inside)
     return logits.masked_fill(~keep, -math.inf)
 
 
 def keep_min_p(logits, min_p):
-    """The tokens with at least min_p times the probability of the best one (Nguyen et al. 2024)."""
+    """Keeps the tokens with at least min_p times the probability of the best one (Nguyen et al. 2024)."""
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -math.inf)
 
 
 def sample_token(logits, u):
     """One id per row by inverse CDF: the first whose cumulative probability exceeds u (B,), in [0, 1).
 
-    Summed on the CPU, in order and in float64: there the sum never decreases, so a token without
-    probability cannot be chosen, and every device chooses alike. Returns (B,) on the CPU.
+    The sum is computed on the CPU, in order and in float64. So it never decreases, a token with probability 0 is never
+    chosen, and all devices choose the same. Returns (B,) on the CPU.
     """
     cdf = logits.softmax(-1).cpu().double().cumsum(-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
@@ -123,11 +127,11 @@ def choose(logits, sampling, seen, u):
     if sampling.repetition_penalty != 1:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     best = logits.amax(-1, keepdim=True)
-    if not best.isfinite().all():  # NaN anywhere is the maximum too
+    if not best.isfinite().all():  # the maximum of a row with NaN is NaN
         raise UserError("the logits are not finite: a damaged checkpoint, or too extreme a repetition penalty")
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(-1).cpu()
-    logits = (logits - best) / sampling.temperature  # the best is at 0 now, so nothing overflows
+    logits = (logits - best) / sampling.temperature  # the best is 0 now, so nothing overflows
     if sampling.top_k:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p < 1:
@@ -142,27 +146,27 @@ def choose(logits, sampling, seen, u):
 
 
 def random_stream(seed, sample):
-    """The random stream of one sample. Hashed, because torch seeds its CPU generator with 32 bits
-    only, and with seed + sample the second sample of seed 0 would be the first of seed 1."""
+    """The random stream of one sample. Its seed is a hash: with seed + sample the second sample of seed 0 would be the
+    first of seed 1. torch's generator on the CPU uses 32 bits of it."""
     digest = hashlib.sha256(f"{seed} {sample}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def new_cache(model, capacity):
-    """A one-row cache in the precision in which attention will run: autocast's, or the weights'."""
+    """A cache of one row in the dtype of attention: autocast's, or the weights'."""
     weight = model.wte.weight
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return KVCache(model.config, 1, capacity, weight.device, dtype)
 
 
-@torch.no_grad()  # torch enters it anew for each step: the caller's code in between is outside
+@torch.no_grad()  # holds within each step; the caller's code between two steps is outside
 def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, stop_token=None):
     """Yields, step by step, the next id of each sample: [int] * num_samples, None once it has ended.
 
-    `tokens` is the prompt, at most block_size ids; `stop_token` (end of text) ends a sample and stands
-    for an empty prompt. A full context goes on from its last half, encoded again at the first positions.
-    Sample i depends on (seed, i) alone, but for the rounding of products of another batch size.
+    `tokens` is the prompt, at most block_size ids. `stop_token` (end of text) ends a sample; where the prompt is empty,
+    generation starts from it. When the context is full, its last half is encoded again at the first positions.
+    Sample i depends on (seed, i) alone, except for rounding that changes with the batch size.
     Raises ValueError for a prompt that is too long, or empty without stop_token, or a bad `sampling`.
     """
     tokens = list(tokens) or [stop_token]
@@ -180,7 +184,7 @@ def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, sto
             with attention_of_any_shape():
                 x = model.features(torch.tensor(feed, device=device), cache=cache)  # (1, T, C), later (B, 1, C)
             logits = model.logits(x[:, -1])  # (B, V)
-            if step == 0:  # one prefill for all
+            if step == 0:  # all samples share the pass over the prompt
                 cache.repeat(num_samples)
                 logits = logits.expand(num_samples, -1)
             u = torch.stack([torch.rand((), generator=s, dtype=torch.float64) for s in streams])
@@ -193,7 +197,7 @@ def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, sto
             if not any(alive):
                 return
             fresh = 1
-            if cache.length == config.block_size:  # full: start over from the last half
+            if cache.length == config.block_size:  # full: encode the last half again
                 cache.length, fresh = 0, max(1, config.block_size // 2)
             feed = [c[-fresh:] for c in contexts]
     finally:
@@ -201,30 +205,31 @@ def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, sto
 
 
 # ---------------------------------------------------------------------------------------
-# Ids to text, as they come.
+# Ids to text, one after the other.
 
 
 class TokenDecoder:
-    """Text of the ids that follow a prompt, each part given out once no later id can change it.
+    """The text of the ids that follow a prompt; each piece is returned as soon as no later id can change it.
 
     Prompt and continuation are decoded together, because many tokenizers drop the space before the first token of a
     text. The text of the continuation is what follows the longest common beginning of decode(prompt) and
     decode(prompt + continuation). Two things are held back: a U+FFFD at the end, which may be the first part of a
-    character, and what `tokenizer.unsettled` names.
+    character, and the text of the ids in `tokenizer.unsettled`.
 
-    Only the last WINDOW ids are decoded anew, so a token costs the same however long the text is. That is enough: a
-    decoder looks at single tokens and at whether one is the first, and UTF-8 shows within 4 bytes where a character
-    begins. What is new is found by its place, so it does not matter that the window's own beginning may be cut.
+    Only the last WINDOW ids are decoded again for each new id, so the time of an id does not grow with the text. This
+    is enough, because the text of an id depends on the id, on whether it is the first, and on at most 4 bytes of one
+    character. New text is found by its position, so it does not matter that the first character of the window may be
+    cut.
     """
 
     def __init__(self, tokenizer, prompt=()):
         self.tokenizer = tokenizer
         self.window = [i for i in prompt if i not in tokenizer.unused]
-        self.prompt = tokenizer.decode(self.window)  # None once some text has followed it
-        self.given = 0  # characters of the window's text that are out
+        self.prompt = tokenizer.decode(self.window)  # None as soon as text has followed it
+        self.returned = 0  # characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        """The text that this id makes certain; '' if none."""
+        """The text that no later id can change now; '' if there is none."""
         if token in self.tokenizer.unused:
             return ""
         self.window.append(token)
@@ -233,55 +238,55 @@ class TokenDecoder:
         text, end = self.decode(self.window)
         piece = self.new(text, end)
         if piece or self.prompt is None:
-            self.prompt, self.given = None, end
+            self.prompt, self.returned = None, end
             text, end = self.decode(self.window[-WINDOW:])
-            if text:  # else a decoder would take the next token for the first of all
-                self.window, self.given = self.window[-WINDOW:], end
+            if text:  # else a decoder would take the next id for the first of the text
+                self.window, self.returned = self.window[-WINDOW:], end
         return piece
 
     def finish(self) -> str:
-        """What was held back, for nothing follows it."""
+        """The text that was held back; no id follows."""
         text, _ = self.decode(self.window)
         return self.new(text, len(text))
 
     def new(self, text, end):
-        """What of text[:end] is not out yet and is not the prompt's."""
+        """The part of text[:end] that was not returned yet and is not the prompt's."""
         if self.prompt is not None:
             alike = (a == b for a, b in zip(self.prompt, text[:end]))
-            self.given = sum(takewhile(bool, alike))
-        return text[self.given : end]
+            self.returned = sum(takewhile(bool, alike))
+        return text[self.returned : end]
 
     def decode(self, ids):
-        """Text, and how many of its characters stay as they are when a character's other bytes follow."""
+        """(text, how many of its characters stay the same when other bytes of a character follow)."""
         text = self.tokenizer.decode(ids)
         return text, len(text) - text.endswith(UNFINISHED)
 
 
 class Sample:
-    """One sample as it grows: ids in, text out, until end of text, a stop string or the length ends it."""
+    """One sample: takes ids, returns text, until end of text, a stop string or the length ends it."""
 
-    def __init__(self, tokenizer, stops=(), prompt=()):  # prompt: the ids before it
+    def __init__(self, tokenizer, stops=(), prompt=()):  # prompt: the ids before the sample
         self.decoder, self.eot_token, self.stops = TokenDecoder(tokenizer, prompt), tokenizer.eot_token, stops
-        self.held = ""  # text that may turn out to be the beginning of a stop string
+        self.held = ""  # text that may be the beginning of a stop string
         self.text, self.tokens = "", 0  # tokens: their number, without the end of text
         self.finish_reason = None  # "end_of_text", "stop" or "length"
 
     def push(self, token: int) -> str:
-        """Takes the next id; returns the text that is now certain."""
+        """Takes the next id; returns the text that no later id can change now."""
         if token == self.eot_token:
             return self.finish("end_of_text")
         self.tokens += 1
         return self.add(self.decoder.push(token))
 
     def finish(self, reason: str) -> str:
-        """Ends the sample; returns what was held back, which nothing can turn into a stop string now."""
+        """Ends the sample; returns the text that was held back."""
         piece = self.add(self.decoder.finish())
         if self.finish_reason is None:
             piece, self.text, self.finish_reason = piece + self.held, self.text + self.held, reason
         return piece
 
     def add(self, piece):
-        """The text up to the stop string that is complete first, or to where one may be beginning."""
+        """The text up to the stop string that is complete first, or up to the beginning of a possible one."""
         text, self.held = self.held + piece, ""
         complete = [(text.find(s) + len(s), text.find(s)) for s in self.stops if s in text]  # (end, start)
         if complete:
@@ -295,9 +300,9 @@ class Sample:
 
 
 def stream_text(samples, model, tokens, sampling, max_new_tokens, seed):
-    """Generates until each of the samples is finished; yields each step's new text, [str] * len(samples)."""
+    """Generates until all samples are finished; yields the new text of each step, [str] * len(samples)."""
     ids = generate(model, tokens, sampling, max_new_tokens, len(samples), seed, samples[0].eot_token)
-    with contextlib.closing(ids):  # stop strings may end it early: the model gets its mode back at once
+    with contextlib.closing(ids):  # where stop strings end it early, the model gets its mode back here
         for step in ids:
             yield [s.push(token) if s.finish_reason is None else "" for s, token in zip(samples, step)]
             if all(s.finish_reason for s in samples):
@@ -331,14 +336,14 @@ EXAMPLES = [
 
 
 def unset(name):
-    """The flag of a field of Sampling, without a value: given, it overrides the preset's."""
+    """The flag of a field of Sampling with None as its default. A value that is given overrides the preset's."""
     about = Sampling.__dataclass_fields__[name].metadata
     return field(default=None, metadata={**about, "help": f"{about['help']}; default: the preset's"})
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """What the command line says: which model, which text, which sampling."""
+    """Which model, which text, which sampling. Every field is a flag."""
 
     checkpoint: str | None = flag(
         None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder", group="model and text"
@@ -370,7 +375,7 @@ class InferenceConfig:
 
 
 def problems(c: InferenceConfig) -> list[str]:
-    """Everything wrong with the flags and with what they name, a line each."""
+    """Everything wrong with the flags and with the device and the file that they name, a line each."""
     found = range_problems(c)
     if "" in c.stop:
         found.append("--stop is empty; it must hold text")
@@ -391,7 +396,7 @@ def parse_args(argv=None) -> InferenceConfig:
 
 
 def read_text(source):
-    """A whole UTF-8 file, or stdin for "-", less the newline that editors and `echo` put at its end."""
+    """A UTF-8 file, or stdin for "-", without the newline that editors and `echo` put at its end."""
     try:
         with open(0 if source == "-" else source, encoding="utf-8-sig", closefd=source != "-") as file:
             return file.read().removesuffix("\n")
@@ -400,8 +405,8 @@ def read_text(source):
 
 
 def text_waiting() -> str:
-    """The text of stdin where it is a file or a pipe, else ''. A pipe that stays silent is waited for, and said so,
-    but not for ever: a scheduler or ssh may have left us one that nobody will ever write to or close."""
+    """The text of stdin where it is a file or a pipe, else ''. The wait for a silent pipe is announced, and it ends:
+    schedulers and ssh start programs with a pipe that nobody writes to or closes."""
     try:
         if os.isatty(0):
             return ""
@@ -419,7 +424,7 @@ def text_waiting() -> str:
 
 
 def read_prompt(c: InferenceConfig):
-    """The text to continue; None where it will be typed. Nothing but white space on stdin is no prompt."""
+    """The text to continue; None where it will be typed. White space alone on stdin is not a prompt."""
     if c.interactive:
         return None
     if c.prompt_file is not None:
@@ -431,13 +436,13 @@ def read_prompt(c: InferenceConfig):
 
 
 def presets_of(c: InferenceConfig) -> dict:
-    """The presets asked for, by name, with the sampling flags given."""
+    """The presets to show, by name, changed by the sampling flags that were given."""
     given = {f.name: getattr(c, f.name) for f in fields(Sampling) if getattr(c, f.name) is not None}
     return {name: replace(PRESETS[name], **given) for name in (PRESETS if c.preset == "all" else [c.preset])}
 
 
 def show(text):
-    """To stdout at once, as UTF-8. ReaderLeft where nobody reads it: then there is no reason to go on."""
+    """Prints at once. Raises ReaderLeft where nobody reads the output any more; that ends the program."""
     print(text, end="", flush=True)
     refuse_unread()
 
@@ -454,11 +459,11 @@ def cut_prompt(tokens, limit, truncate_left):
 
 
 def complete(model, tokenizer, prompt, presets, args):
-    """Continues one prompt under each preset, and prints. Raises UserError for a prompt that is too long."""
+    """Continues one prompt under each preset and prints the texts. UserError for a prompt that is too long."""
     tokens = cut_prompt(tokenizer.encode(prompt), model.config.block_size, args.truncate_left)
     many = args.num_samples > 1
     streamed, titled = not (many or args.json), not args.json and (many or len(presets) > 1)
-    before = "" if args.interactive else prompt  # a typed line is already on the screen
+    before = "" if args.interactive else prompt  # a typed line is on the screen already
     for name, sampling in presets.items():
         show((f"=== {name} ({sampling}) ===\n" if titled else "") + (before if streamed else ""))
         samples = [Sample(tokenizer, args.stop, tokens) for _ in range(args.num_samples)]
@@ -481,13 +486,13 @@ def complete(model, tokenizer, prompt, presets, args):
 
 
 def converse(model, tokenizer, presets, args):
-    """Continues each line typed, on its own, until end of input."""
+    """Continues each line that is typed, as a prompt of its own, until end of input."""
     while True:
         try:
             complete(model, tokenizer, input("" if args.json else "> "), presets, args)
         except EOFError:
             return show("" if args.json else "\n")
-        except UserError as error:  # one bad line is no reason to load the model anew
+        except UserError as error:  # one bad line does not end the program
             print(f"error: {error}", file=sys.stderr)
 
 
@@ -496,10 +501,10 @@ def main(argv=None):
     args = parse_args(argv)
     presets, prompt = presets_of(args), read_prompt(args)
     device = pick_device(args.device)
-    # bfloat16 products with one vector are slower on CPUs, with AMX too (benchmarks/RESULTS.md)
+    # on CPUs, with AMX too, products with one vector are slower in bfloat16 (benchmarks/RESULTS.md)
     dtype = pick_dtype("float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype, device)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
-        with contextlib.suppress(AttributeError):  # a notebook's streams are none of the system's
+        with contextlib.suppress(AttributeError):  # a notebook has other streams
             stream.reconfigure(encoding="utf-8", errors="replace")
     path = find_checkpoint(args.checkpoint)
     model, tokenizer = load_model(path, device)
@@ -507,7 +512,7 @@ def main(argv=None):
     tune(device)
     with memory_advice("on the device; lower --num_samples or --max_new_tokens"):
         sample_faster(model, dtype)
-        with torch.inference_mode(), autocast(device, dtype):  # without autograd's bookkeeping of views
+        with torch.inference_mode(), autocast(device, dtype):  # faster than no_grad alone
             if args.interactive:
                 converse(model, tokenizer, presets, args)
             else:

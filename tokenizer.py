@@ -1,4 +1,4 @@
-"""Text to token ids and back: the one file that knows tokenizers.
+"""Text to token ids and back: loads, trains and saves tokenizers.
 
     tokenizer = load_tokenizer("gpt2")               # from the Hugging Face hub, or its cache
     tokenizer = load_tokenizer("my_tokenizer/")      # a folder with tokenizer.json, or vocab.json and merges.txt
@@ -7,12 +7,12 @@
 
     python tokenizer.py train --local_files 'texts/*.txt' --vocab_size 16384 --out_dir my_tokenizer
 
-Text is only text: a literal "<|endoftext|>" inside a document is split like any other characters and never
-becomes the marker that separates documents.
+A literal "<|endoftext|>" inside a document is text: it is split like any other characters and never becomes the marker
+that separates documents.
 
-`tokenizers` reads every tokenizer.json, and its ids are the definition. For byte-level BPE of GPT-2's kind the package
-fastokens gives the same ids many times as fast, so whole corpora are encoded with it. Tests compare the two, and a
-preparation compares them on a sample of its text.
+The ids are those of the library `tokenizers`, which reads every tokenizer.json. For byte-level BPE of GPT-2's kind the
+package fastokens gives the same ids 20 to 50 times as fast; `encode_arrays` uses it for corpora. Tests compare the two,
+and a preparation compares them on a sample of its text.
 """
 
 import hashlib
@@ -33,27 +33,28 @@ from support.files import sync
 from support.rows import Wanted, find_files, rows_of
 
 FILE = "tokenizer.json"
-CONFIG = "tokenizer_config.json"  # its eos_token says which token ends a text; transformers reads it too
+CONFIG = "tokenizer_config.json"  # its eos_token names the token that ends a text; transformers reads it too
 GPT2_FILES = ("vocab.json", "merges.txt")
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # the first one present, if none is named
 
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()  # the 256 characters that stand for bytes (Radford et al. 2019)
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # of a byte fallback (SentencePiece, Llama)
 KEEP_TEXT = {"ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts"}  # pre-tokenizers; but see `token_bytes`
 BY_TOKEN = {"ByteLevel", "ByteFallback", "BPEDecoder", "CTC", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 
 
 class TextTokenizer:
-    """encode, decode, and what others need to know of a vocabulary.
+    """Encodes and decodes, and describes its vocabulary.
 
     name         where it came from, for messages
     eot_token    id of the marker that ends a text (__init__ takes its name; default: the first of END_OF_TEXT)
     vocab_size   the largest id + 1
     unused       ids below vocab_size that no token has
-    unk_token    id that stands for characters without a token of their own. None where every byte has a token, or where
-                 the library refuses such characters. Who encodes a corpus counts this id: so much text was lost
+    unk_token    id of characters that have no token. None where every byte has a token, or where the library refuses
+                 such characters. A preparation counts this id, because the text behind it is lost
 
-    What a tokenizer changes on purpose (upper case, accents, spaces) is its definition and not counted as lost.
-    A vocabulary from which characters would vanish without any id is refused by `load_tokenizer`.
+    What a tokenizer changes on purpose (upper case, accents, spaces) does not count as lost. `load_tokenizer` refuses a
+    vocabulary with which characters would vanish from a text.
     """
 
     def __init__(self, backend: Tokenizer, name: str, eot_token: str | None = None):
@@ -67,10 +68,11 @@ class TextTokenizer:
             another = "; --eot_token names another" if eot_token is None else ""
             raise UserError(f"{name}: no end-of-text token; expected one of {', '.join(known)}{another}")
         self.eot_token = backend.token_to_id(present[0])
-        backend.add_special_tokens([AddedToken(present[0], special=True, normalized=False)])  # if the file forgot to
+        marker = AddedToken(present[0], special=True, normalized=False)
+        backend.add_special_tokens([marker])  # some files do not say that it is special
         ids = backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids) + 1
-        if self.vocab_size > 2 * len(ids) + 1024:  # tables and models have a row for each id, used or not
+        if self.vocab_size > 2 * len(ids) + 1024:  # a model has a row for each id, used or not
             raise UserError(f"{name}: {len(ids):,} tokens, but one has the id {max(ids):,}; expected ids without gaps")
         self.unused = frozenset(range(self.vocab_size)) - frozenset(ids)
 
@@ -79,16 +81,17 @@ class TextTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """As `encode`, for many; half a surrogate pair, which is not text, becomes U+FFFD as in tiktoken."""
+        """As `encode`, for many texts. Half a surrogate pair, which is not text, becomes U+FFFD, as in tiktoken."""
         texts = [replace_surrogates(text) for text in texts]
         with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
             batch = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         return [self.without_marker(text) if self.eot_token in ids else ids for text, ids in zip(texts, batch)]
 
     def without_marker(self, text: str) -> list[int]:
-        """Ids of a text in which the marker's own characters became the marker, as where a Unigram model lists it among
-        its words. Each such place is cut in two, and the parts are encoded one by one. UserError where that is no help.
-        """
+        """Ids of a text whose characters became the marker, because a Unigram model has the marker among its words.
+
+        The text is cut within each such place, and the parts are encoded alone. UserError where the marker is still
+        there."""
         marker = self.backend.id_to_token(self.eot_token)
         parts = [marker[1:] + part + marker[:1] for part in text.split(marker)]
         parts[0], parts[-1] = parts[0][len(marker) - 1 :], parts[-1][:-1]
@@ -98,23 +101,23 @@ class TextTokenizer:
         return ids
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora, fast and small in memory."""
+        """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora, faster and with less memory."""
         if self.fast is None or not texts:
             return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
         with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
             ids, ends = self.fast.encode_batch_flat([replace_surrogates(text) for text in texts])
         ids, ends = np.frombuffer(ids, "<u4"), np.frombuffer(ends, "<u8").astype(np.int64)
-        if (ids == self.eot_token).any():  # text is only text
+        if (ids == self.eot_token).any():  # characters of the text became the marker
             return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
         return np.split(ids, ends[1:-1])
 
     @cached_property
     def fast(self):
-        """The same tokenizer in the package fastokens, 20 to 50 times as fast; None where that is not installed, or for
-        a kind that no test compares: all but byte-level BPE that cuts text into words as GPT-2 does."""
+        """The same tokenizer in the package fastokens. None where that is not installed, and for tokenizers other than
+        byte-level BPE that cuts text into words as GPT-2 does: no test compares those."""
         tokens = self.backend.get_added_tokens_decoder().values()
         if not splits_as_gpt2(self.backend) or not all(token.special for token in tokens):
-            return None  # an added token that is not special is looked for in the text
+            return None  # `tokenizers` looks for an added token in the text unless it is special
         try:
             from fastokens import Tokenizer as FastTokenizer
         except ImportError:
@@ -133,11 +136,11 @@ class TextTokenizer:
 
     @cached_property
     def unsettled(self):
-        """The ids after which the text so far may still change, whatever comes next; a set or a range.
+        """The ids after which a later id may change the text so far; a set or a range.
 
-        Byte tokens of a byte fallback: the library decodes a run of them as a whole, so that one byte that does not
-        fit turns all of the run into U+FFFD. And every id, if the decoder joins the tokens and then changes the text.
-        A U+FFFD at the end of a text may change too, after any id: it can be the first part of a character."""
+        These are the byte tokens of a byte fallback, because the library decodes a run of them as a whole: one byte
+        that does not fit turns all of the run into U+FFFD. They are all ids, if the decoder joins the tokens and then
+        changes the text. After any id, a U+FFFD at the end may change too: it can be the first part of a character."""
         found, joined = frozenset(), False
         for step in steps(self.contents["decoder"]):
             kind = step["type"]
@@ -158,7 +161,7 @@ class TextTokenizer:
             step["type"] == "ByteLevel" for step in steps(self.contents["pre_tokenizer"])
         ):
             before, after = {"", model["continuing_subword_prefix"] or ""}, {"", model["end_of_word_suffix"] or ""}
-            needed = [b + character + a for character in byte_characters() for b in before for a in after]
+            needed = [b + character + a for character in ALPHABET for b in before for a in after]
         else:
             needed = BYTE_TOKENS if model.get("byte_fallback") else [""]
         return all(self.backend.model.token_to_id(token) is not None for token in needed)
@@ -173,7 +176,7 @@ class TextTokenizer:
         )
 
     def refuse_silent_loss(self):
-        """UserError where characters would vanish from a text without any id, or become the marker."""
+        """UserError where characters would have no id at all, or the marker's."""
         vanish = self.contents["model"]["type"] == "BPE" and self.contents["model"]["unk_token"] is None
         if self.lossless or not (vanish or self.unk_token == self.eot_token):
             return
@@ -184,10 +187,10 @@ class TextTokenizer:
         )
 
     def token_bytes(self) -> list[int] | None:
-        """Bytes of text that each id stands for, 0 for markers; over a text's ids they add up to its size in UTF-8.
+        """Bytes of text for each id, 0 for markers. The sum over the ids of a text is its size in UTF-8.
 
-        None unless that holds for every text: the BPE must be byte-level and know each byte, and nothing may change
-        the text before (lower case, Unicode forms, a space put before it, spaces dropped or swallowed by a token)."""
+        None unless this holds for every text: the BPE must be byte-level and have each byte, and nothing may change
+        the text before (lower case, Unicode forms, a space added before it, spaces removed or taken into a token)."""
         before, model = steps(self.contents["pre_tokenizer"]), self.contents["model"]
         keep = all(step["type"] in KEEP_TEXT and step.get("behavior") != "Removed" for step in before)
         added = self.backend.get_added_tokens_decoder()
@@ -199,15 +202,15 @@ class TextTokenizer:
         sizes = [0] * self.vocab_size
         for token, i in self.backend.get_vocab(with_added_tokens=False).items():
             sizes[i] = len(token)  # a byte-level BPE writes each byte as one character
-        for i, token in added.items():  # one that is not special is looked for in the text, before the BPE
+        for i, token in added.items():  # one that is not special is found in the text before the BPE
             sizes[i] = 0 if token.special else len(token.content.encode())
         return sizes
 
     def fingerprint(self) -> str:
-        """sha256 of vocabulary, merges and marker: equal where ids mean the same, wherever it came from."""
+        """sha256 of vocabulary, merges and marker: equal for tokenizers with the same ids, wherever they came from."""
         return self._fingerprint
 
-    @cached_property  # a fifth of a second for GPT-2, and asked for again and again
+    @cached_property  # takes a fifth of a second for GPT-2
     def _fingerprint(self):
         merges = self.contents["model"].get("merges") or []
         merges = [m if isinstance(m, str) else " ".join(m) for m in merges]
@@ -215,8 +218,8 @@ class TextTokenizer:
         return hashlib.sha256(json.dumps([vocab, merges, self.eot_token]).encode()).hexdigest()
 
     def save(self, directory):
-        """Writes tokenizer.json, and tokenizer_config.json, which names the marker; `load_tokenizer(directory)` gives
-        this tokenizer back. Both are on the disk when it returns."""
+        """Writes tokenizer.json, and tokenizer_config.json, which names the marker, and flushes them to the disk.
+        `load_tokenizer(directory)` reads them."""
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.backend.id_to_token(self.eot_token)}
         for name, text in ((FILE, self.backend.to_str()), (CONFIG, json.dumps(about, indent=1) + "\n")):
             with open(Path(directory, name), "w", encoding="utf-8") as f:
@@ -235,8 +238,7 @@ def steps(part) -> list[dict]:
 
 @contextmanager
 def failing_in_one_line(what):
-    """Turns what the library raises into a UserError: bare Exceptions for malformed files, and panics of
-    its Rust code, which are no Exceptions, for files that only seem well formed."""
+    """Turns what the library raises into a UserError, also panics of its Rust code, which are BaseExceptions."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit):
@@ -246,7 +248,7 @@ def failing_in_one_line(what):
 
 
 def replace_surrogates(text: str) -> str:
-    """The text, with U+FFFD for each half of a surrogate pair that stands alone and so has no UTF-8."""
+    """The text, with U+FFFD for each half of a surrogate pair that stands alone: it cannot be written as UTF-8."""
     try:
         text.encode()
         return text
@@ -255,30 +257,22 @@ def replace_surrogates(text: str) -> str:
 
 
 def splits_as_gpt2(backend: Tokenizer) -> bool:
-    """Whether it cuts words as GPT-2 does, changes no text before, and only merges within words."""
+    """Whether the tokenizer cuts text into words as GPT-2 does, changes nothing before, and merges within words."""
     words, model = backend.pre_tokenizer, backend.model
     others = (model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix, model.ignore_merges)
     plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
     return plain and backend.normalizer is None and not any(others)
 
 
-def byte_characters() -> dict[str, int]:
-    """The byte that each of the 256 characters of a byte-level vocabulary stands for: those that print for themselves,
-    in the order of the others U+0100, U+0101, ... for the rest (Radford et al. 2019)."""
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
 def load_tokenizer(name_or_path: str | os.PathLike = "gpt2", eot_token: str | None = None) -> TextTokenizer:
-    """A folder or file on disk if there is one of that name, else a model on the Hugging Face hub.
+    """The tokenizer in a folder or file if there is one of that name, else that of a model on the Hugging Face hub.
 
-    A folder holds tokenizer.json, or GPT-2's vocab.json and merges.txt. From the hub (fetched
-    once, then served from its cache) comes tokenizer.json. The token that ends a text is `eot_token` if given, else
-    the eos_token of a tokenizer_config.json beside it, else the first one present of END_OF_TEXT. Raises UserError.
+    A folder holds tokenizer.json, or GPT-2's vocab.json and merges.txt. From the hub comes tokenizer.json, downloaded
+    once and kept in the hub's cache. The token that ends a text is `eot_token` if given, else the eos_token of a
+    tokenizer_config.json beside the file, else the first of END_OF_TEXT that is in the vocabulary. Raises UserError.
     """
     path, name = Path(name_or_path), Path(name_or_path).name
-    if os.path.isfile(path / FILE):  # os.path's tests are False, not errors, for a name no file can have
+    if os.path.isfile(path / FILE):  # os.path answers False, and raises nothing, for impossible names
         path = path / FILE
     elif os.path.isdir(path) and not all((path / f).is_file() for f in GPT2_FILES):
         raise UserError(f"{path}: found neither {FILE} nor {' and '.join(GPT2_FILES)} in it")
@@ -306,8 +300,9 @@ def named_marker(path: Path, backend: Tokenizer) -> str | None:
 
 
 def fetch_from_hub(name: str) -> str:
-    """Path of the hub model's tokenizer.json in the local cache, its tokenizer_config.json beside it; fetches them the
-    first time. The configuration comes first: where tokenizer.json is, nothing is missing."""
+    """Path of a hub model's tokenizer.json in the local cache, which is filled the first time.
+
+    tokenizer_config.json is fetched first: so where tokenizer.json is, nothing is missing."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -320,7 +315,7 @@ def fetch_from_hub(name: str) -> str:
             return hf_hub_download(name, FILE)
     except HFValidationError as error:
         raise UserError(f"tokenizer {name!r}: no such file or folder, and not a name on the hub") from error
-    except Exception as error:  # a hub has many ways to be out of reach
+    except Exception as error:  # each cause has an error of its own
         raise UserError(
             f"tokenizer {name!r}: not on disk, not in the cache, and the hub gave none "
             f"({type(error).__name__}). Put {FILE} (or {' and '.join(GPT2_FILES)}) of {name!r} "
@@ -330,24 +325,27 @@ def fetch_from_hub(name: str) -> str:
 
 def byte_level_bpe(vocab: str, merges: str) -> Tokenizer:
     """GPT-2's tokenizer from its two original files (Radford et al. 2019)."""
-    backend = Tokenizer(models.BPE.from_file(vocab, merges))
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - backend.get_vocab().keys()
+    backend = byte_level(models.BPE.from_file(vocab, merges))
+    missing = set(ALPHABET) - backend.get_vocab().keys()
     if missing:
         raise UserError(f"{vocab}: lacks {len(missing)} of the 256 bytes, so it is not GPT-2's kind of vocabulary")
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(END_OF_TEXT[0], special=True)])
     return backend
 
 
-def train_tokenizer(texts, vocab_size: int, name="trained") -> TextTokenizer:
-    """A byte-level BPE of `vocab_size` ids learnt from an iterable of texts; the same for the same texts."""
-    backend = Tokenizer(models.BPE())
+def byte_level(model) -> Tokenizer:
+    """A tokenizer that cuts text into words as GPT-2 does and writes each byte as one character of ALPHABET."""
+    backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return backend
+
+
+def train_tokenizer(texts, vocab_size: int, name="trained") -> TextTokenizer:
+    """A byte-level BPE of `vocab_size` ids, trained on an iterable of texts; the same texts give the same tokenizer."""
+    backend = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=ALPHABET, show_progress=False
     )
     backend.train_from_iterator(map(replace_surrogates, texts), trainer)
     return TextTokenizer(backend, name)

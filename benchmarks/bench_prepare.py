@@ -39,7 +39,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 import numpy as np
 
 from pieces import cores
-from tokenizer import byte_characters, load_tokenizer
+from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"
 BATCH = 256  # documents in a call of transformers
@@ -51,6 +51,14 @@ def read_texts(files, column) -> list[str]:
 
     texts = [text for file in files for text in parquet.read_table(file, columns=[column])[column].to_pylist()]
     return [text for text in texts if text and not text.isspace()]
+
+
+def byte_characters() -> dict[str, int]:
+    """The byte that each of the 256 characters of a byte-level vocabulary stands for (Radford et al. 2019): printable
+    ones stand for themselves, and U+0100, U+0101, ... for the others in their order."""
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 def time_tiktoken(files, column, folder):

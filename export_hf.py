@@ -236,7 +236,7 @@ def compare_with_transformers(folder, model, stored, tokenizer) -> dict:
     if answers["loading"]:
         raise UserError(f"transformers did not take over the tensors as they are: {', '.join(answers['loading'])}")
     compare_ids(tokenizer, answers)
-    with checkpoint.opened(logits) as f:
+    with checkpoint.open_tensors(logits) as f:
         theirs = f.get_tensor("logits")
     logits.unlink()
     with torch.inference_mode():

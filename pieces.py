@@ -89,7 +89,8 @@ def documents(piece, c, last_parts=False, known=frozenset()):
                 continue
             clean = replace_surrogates(text)
             replaced = 0 if clean is text else clean.count("\ufffd") - text.count("\ufffd")
-            of_text = digest(clean.encode())
+            data = clean.encode()
+            of_text = digest(data)
             if of_text.hex() in known and piece.role == "train":
                 yield Document("in_validation")
             elif last_parts and piece.role == "both":
@@ -100,7 +101,7 @@ def documents(piece, c, last_parts=False, known=frozenset()):
                         replaced = 0
             else:
                 split = piece.role if piece.role != "both" else ("val" if lies_below(of_text, c.val_share) else "train")
-                yield Document(None, split, clean, len(clean.encode()), of_text, replaced, where)
+                yield Document(None, split, clean, len(data), of_text, replaced, where)
 
 
 def text_of(value, where) -> str | None:

@@ -118,7 +118,8 @@ part_a() {
     part bits 90 "$python" benchmarks/check_gpu.py bits --device "$device" "${tiny[@]}"
     part train_16 120 "$python" benchmarks/bench_train.py --batch_size 16 --accumulation 1,4 --only ours,muon --profile \
         "${step[@]}"
-    part train_64 90 "$python" benchmarks/bench_train.py --batch_size 64 --only ours,muon "${step[@]}"
+    [ "$which" = --short ] || # everything is tiny there, and this is the same once more
+        part train_64 90 "$python" benchmarks/bench_train.py --batch_size 64 --only ours,muon "${step[@]}"
     if shards; then
         training fast-124m 120
         training gpt2-124m 120
@@ -137,7 +138,8 @@ part_b() {
     part loss 60 "$python" benchmarks/bench_train.py --loss --batch_size 16 "${step[@]}"
     part generate 60 "$python" benchmarks/bench_generate.py --new_tokens 256 --device "$device" "${tiny[@]}"
     part save 40 "$python" benchmarks/bench_parts.py saving --repeats 3 --device "$device" "${tiny[@]}"
-    part train_32 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours "${step[@]}"
+    [ "$which" = --short ] ||
+        part train_32 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours "${step[@]}"
     part checkpointed 60 "$python" benchmarks/bench_train.py --batch_size 32 --only ours --grad_checkpoint "${step[@]}"
     part data 40 "$python" benchmarks/bench_parts.py data --device cpu "${tiny[@]}"
 }

@@ -40,7 +40,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     # context, the last figure, takes a minute
     "docs/figures.py": "--checkpoint checkpoints/edu-10m --only rope schedule order decay attention loss",
     "benchmarks/write_samples.py": "--max_new_tokens 4",
-    "benchmarks/bench_prepare.py": "--times 2",
+    "benchmarks/bench_prepare.py": "--times 2 --cores 1",
     "benchmarks/bench_parts.py": "--tiny --data hellaswag.jsonl --repeats 1 --examples 8",
     "benchmarks/bench_generate.py": "--tiny",
 }

@@ -22,7 +22,7 @@ from scipy import optimize, stats
 
 import plot_run
 from support.cli import UserError, flag
-from support.files import read_json, write_whole
+from support.files import write_whole
 from support.tracking import duration, read_rows
 
 LEVEL = 0.05  # the chance of a false "better" or "worse" in a whole table
@@ -62,12 +62,13 @@ def holm(p_values) -> list[bool]:
     return real
 
 
-def smallest_shown(error, n) -> float:
-    """The true difference that n seeds find with the chance POWER, where a mean difference has this standard error.
+def smallest_shown(error, n, comparisons=1) -> float:
+    """The true difference that n seeds find with the chance POWER, where a mean difference has this standard error and
+    is the only one among several comparisons, so that Holm's test holds it against LEVEL / comparisons.
 
     If there is a difference, t has a noncentral distribution; the one is looked for that lies beyond the critical
     value with the chance POWER."""
-    critical = stats.t.ppf(1 - LEVEL / 2, n - 1)
+    critical = stats.t.ppf(1 - LEVEL / comparisons / 2, n - 1)
     return error * optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - POWER, 0, 1000)
 
 
@@ -82,7 +83,8 @@ def standard_error(values) -> float | None:
 
 def outcome(run_dir) -> dict:
     """What a finished run came to: its validation curve, and the numbers beside it."""
-    rows = list(read_rows(Path(run_dir) / "metrics.jsonl"))
+    metrics = Path(run_dir) / "metrics.jsonl"
+    rows = list(read_rows(metrics))
     vals = [row for row in rows if row["kind"] == "val"]
     if not vals:
         raise UserError(f"{run_dir}: no validation in it; compare with an --eval_interval above 0")
@@ -94,7 +96,7 @@ def outcome(run_dir) -> dict:
         "seconds": max(row["seconds"] for row in rows),
         "tokens_per_second": median_speed(rows),
         "hellaswag": hellaswag[-1] if hellaswag else None,
-        "tokenizer": read_json(Path(run_dir) / "run.json")["identity"]["tokenizer"],
+        "tokenizer": plot_run.tokenizer_of(metrics),
     }
 
 
@@ -192,7 +194,8 @@ def notes(rows) -> list[str]:
         tables = "1 comparison" if len(compared) == 1 else f"{len(compared)} comparisons"
         said.append(f"{tables}: a false 'better' or 'worse' somewhere in {LEVEL:.0%} of such tables (Holm's test)")
         n, error = compared[0]["seeds"], math.sqrt(statistics.fmean(d["error"] ** 2 for d in compared))
-        said.append(f"{n} seeds find a difference of {smallest_shown(error, n):.3f} {POWER:.0%} of the time")
+        least = smallest_shown(error, n, len(compared))
+        said.append(f"{n} seeds find a difference of {least:.3f} {POWER:.0%} of the time")
     if good and good[0]["error"] is not None:
         deviation = statistics.stdev(good[0]["values"].values())
         said.append(f"noise of {good[0]['arm']} over its seeds: standard deviation {deviation:.4f}")

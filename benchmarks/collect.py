@@ -1,7 +1,12 @@
-"""Keeps what a finished run showed: python benchmarks/collect.py checkpoints/RUN benchmarks/results/RUN
+"""Keeps what a finished run or comparison showed, in small files.
 
-Copies run.json, thins metrics.jsonl to every tenth training row (all others whole), draws curves.png from the whole of
-it, and writes samples.md (see write_samples.py) from the newest checkpoint.
+    python benchmarks/collect.py checkpoints/RUN benchmarks/results/RUN
+    python benchmarks/collect.py comparisons/NAME benchmarks/results/comparisons/NAME
+
+Of a run: run.json, metrics.jsonl thinned to every tenth training row (all others whole), curves.png drawn from the
+whole of it, and samples.md (see write_samples.py) from the newest checkpoint. Of a comparison: comparison.json, and of
+each finished run run.json and metrics.jsonl, thinned to every hundredth training row; and the report of these files, as
+`python report.py benchmarks/results/comparisons/NAME` writes it again. Its speeds are medians of the rows kept.
 """
 
 import json
@@ -16,31 +21,48 @@ from support.cli import REQUIRED, flag, parse, run  # isort: split
 
 from write_samples import write_samples
 
+import report
 from plot_run import plot
 from support.tracking import read_rows
-
-EVERY = 10
 
 
 @dataclass(frozen=True)
 class Config:
-    run: Path = flag(REQUIRED, "a run's directory", positional=True)
+    run: Path = flag(REQUIRED, "a run's directory, or a comparison's", positional=True)
     destination: Path = flag(REQUIRED, "the folder for what is kept", positional=True)
 
 
-def main(argv=None):
-    examples = ["python benchmarks/collect.py checkpoints/RUN benchmarks/results/RUN"]
-    args = parse(Config, argv, "Keeps what a finished run showed.", examples)
-    args.destination.mkdir(parents=True, exist_ok=True)
-    plot([args.run], args.destination / "curves.png")
-    shutil.copyfile(args.run / "run.json", args.destination / "run.json")
-    rows = list(read_rows(args.run / "metrics.jsonl"))
+def thin(source, destination, every):
+    """Copies run.json, and metrics.jsonl with every so-many-th training row."""
+    destination.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "run.json", destination / "run.json")
+    rows = list(read_rows(source / "metrics.jsonl"))
     last = max(row["step"] for row in rows)
-    kept = [row for row in rows if row["kind"] != "train" or row["step"] % EVERY == 0 or row["step"] in (1, last)]
+    kept = [row for row in rows if row["kind"] != "train" or row["step"] % every == 0 or row["step"] in (1, last)]
     text = "".join(json.dumps(row) + "\n" for row in kept)
-    (args.destination / "metrics.jsonl").write_text(text, encoding="utf-8")
+    (destination / "metrics.jsonl").write_text(text, encoding="utf-8")
+    print(f"{destination}: {len(kept)} of {len(rows)} rows, the run's configuration")
+
+
+def keep_comparison(source, destination):
+    destination.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / "comparison.json", destination / "comparison.json")
+    for finished in sorted(source.glob(f"*/seed_*/{report.FINISHED}")):
+        kept = destination / finished.parent.relative_to(source)
+        thin(finished.parent, kept, every=100)
+        shutil.copyfile(finished, kept / report.FINISHED)
+    report.main([str(destination)])
+
+
+def main(argv=None):
+    examples = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
+    args = parse(Config, argv, "Keeps what a finished run or comparison showed.", examples)
+    if (args.run / "comparison.json").exists():
+        return keep_comparison(args.run, args.destination)
+    thin(args.run, args.destination, every=10)
+    plot([args.run], args.destination / "curves.png")
     write_samples(args.run, args.destination / "samples.md")
-    print(f"{args.destination}: {len(kept)} of {len(rows)} rows, the run's configuration, its curves and its samples")
+    print(f"{args.destination}: its curves and its samples")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,14 @@ def test_the_smallest_difference_named_is_found_nine_times_of_ten(seeds):
     assert 0.88 <= np.mean(found) <= 0.92
 
 
+def test_the_smallest_difference_named_is_that_of_the_whole_table():
+    """Bug: with five arms beside the base the promise was that of one, and the difference was found half the time."""
+    rng = np.random.default_rng(4)
+    truth = report.smallest_shown(OWN_NOISE * np.sqrt(2 / 3), 3, comparisons=5)
+    tables = [[simulated(rng, -truth * (arm == 0))[0]["p"] for arm in range(5)] for _ in range(1000)]
+    assert 0.87 <= np.mean([report.holm(p)[0] for p in tables]) <= 0.93
+
+
 @pytest.mark.parametrize("truth", [0.0, -0.1])
 def test_the_interval_covers_the_truth_in_95_of_100(truth):
     rng = np.random.default_rng(3)

@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
 
 import checkpoint
+import report
 from inference import PRESETS, sample_text
 from model import GPT, GPTConfig
 from support.cli import run
@@ -82,6 +84,28 @@ def test_collect_keeps_configuration_rows_curves_and_samples(run_dir, tmp_path, 
     rows = [json.loads(line) for line in (kept / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["kind"] == "train"] == [1, 10, 20, 25]
     assert [r["step"] for r in rows if r["kind"] == "val"] == [0, 7, 25]
+
+
+def test_collect_keeps_a_comparison_whose_report_can_be_written_again(run_dir, tmp_path, capsys):
+    """Bug: rows that the table needs are thinned away."""
+    import collect
+
+    folder = tmp_path / "comparison"
+    for arm in ("base", "same"):
+        shutil.copytree(run_dir, folder / arm / "seed_1", ignore=shutil.ignore_patterns("step_*"))
+        (folder / arm / "seed_1" / "finished.json").write_text("{}")
+    (folder / "comparison.json").write_text(json.dumps({"common": [], "arms": {"base": {}, "same": {}}}))
+    report.main([str(folder)])
+    assert run(lambda: collect.main([str(folder), str(tmp_path / "kept")])) == 0
+    names = {"comparison.json", "comparison.png", "report.jsonl", "report.md"}
+    names |= {f"{arm}/seed_1/{name}.json" for arm in ("base", "same") for name in ("run", "finished")}
+    names |= {f"{arm}/seed_1/metrics.jsonl" for arm in ("base", "same")}
+    kept = tmp_path / "kept"
+    assert {p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()} == names
+    whole, thinned = (
+        json.loads(f.read_text().splitlines()[1]) for f in (folder / "report.jsonl", kept / "report.jsonl")
+    )
+    assert whole.pop("tokens_per_second") and thinned.pop("tokens_per_second") and whole == thinned
 
 
 @pytest.mark.parametrize(

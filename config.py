@@ -18,7 +18,13 @@ from support.files import read_json
 PRESET_VALUES = {
     # FineWeb-Edu's 10B-token sample, once.
     "gpt2-124m": dict(min_lr=6e-5),
-    # The same model on half the tokens. What each change gained at small scale: benchmarks/RESULTS.md.
+    # GPT-2's other sizes, on the same recipe. Learning rate: that of the nearest size in table 2.1 of GPT-3 (Brown et
+    # al. 2020), where 125M has the 6e-4 of gpt2-124m; a larger model needs smaller steps. batch_size: the largest power
+    # of two up to 16 that leaves a seventh of an 80 GB card free, by GPT.training_bytes: 25, 47 and 56 GB.
+    "gpt2-350m": dict(n_layer=24, n_head=16, n_embd=1024, lr=3e-4),
+    "gpt2-774m": dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4),
+    "gpt2-1558m": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, batch_size=8),
+    # The same model as gpt2-124m on half the tokens. What each change gained at small scale: benchmarks/RESULTS.md.
     "fast-124m": dict(dropout=0.0, optimizer="muon", lr=2.4e-3, min_lr=2.4e-4, max_steps=76_294),
     # From nothing, offline, in about two minutes on two cores: Python's own documentation, see prepare_fineweb.
     "demo": dict(

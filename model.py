@@ -347,6 +347,27 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.num_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
 
+    def training_bytes(self, sequences):
+        """Estimate of the GPU memory that training takes, with `sequences` of block_size tokens in a micro-batch.
+
+        Counted from this file for 16-bit products, AdamW, and no compiler. A parameter has 16 bytes: its value, its
+        gradient and AdamW's two averages, in float32. The matrices of the blocks are also cast to 16 bits. Per token a
+        block keeps 42 C + 4 H + 16 bytes for the backward pass (with dropout; 40 C without): the inputs of its
+        norms, linear layers, attention and GELU. The loss has five float32 tables of LOSS_ROWS rows of logits, and
+        the embedding's gradient in the making. With grad_checkpoint a block keeps only its input, 4 C bytes, and in
+        the backward pass, when the loss is done, one block at a time has the rest.
+        """
+        c, tokens = self.config, sequences * self.config.block_size
+        matrices = sum(p.numel() for p in self.h.parameters() if p.dim() == 2)
+        loss = c.vocab_size * (6 * c.n_embd + 20 * min(LOSS_ROWS, tokens))
+        block = tokens * ((42 if c.dropout else 40) * c.n_embd + 4 * c.n_head + 16)
+        ends = tokens * (13 * c.n_embd + 24)  # before the first block and after the last
+        if self.grad_checkpoint:
+            activations = c.n_layer * tokens * 4 * c.n_embd + max(loss, block)
+        else:
+            activations = c.n_layer * block + loss
+        return 16 * self.num_parameters() + 2 * matrices + ends + activations
+
     def parameter_groups(self, weight_decay, embed_scale=1.0, vector_scale=1.0):
         """For the optimizer: decay on matrices only; norms and biases have nothing to gain from it. The matrices of
         the blocks stand apart, and say how many (`parts`) lie in each one below the other: muon.Muon asks for that.

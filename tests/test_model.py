@@ -4,6 +4,7 @@ Parity with another implementation comes first, because a model that is only com
 wrong everywhere in the same way.
 """
 
+import itertools
 import math
 
 import pytest
@@ -643,6 +644,33 @@ def test_weight_decay_falls_on_matrices_exactly(norm, bias):
     vectors = ("bias", "ln_1.weight", "ln_2.weight", "ln_f.weight")
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if name.endswith(vectors) else 0.1), name
+
+
+@pytest.mark.parametrize("vocabulary, rows, grad_checkpoint", [(512, 8, False), (8192, 4, False), (512, 8, True)])
+def test_training_takes_the_memory_that_is_estimated(vocabulary, rows, grad_checkpoint):
+    """Guards a published table of memory, by torch's own count of what is allocated and freed. Two micro-batches, so
+    that gradients are there while the second one's activations are; no dropout, with which attention on a CPU is
+    computed in another way than on a GPU."""
+    sizes = dict(vocab_size=vocabulary, valid_vocab_size=vocabulary, block_size=128, n_layer=4, n_head=2, n_embd=64)
+    model = GPT(GPTConfig(**sizes, dropout=0.0)).train()
+    model.grad_checkpoint = grad_checkpoint
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.1), fused=True)
+    idx = tokens(rows, 128)
+
+    def step():
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(idx, idx)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes AdamW's averages
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(itertools.accumulate(changes)) + 12 * model.num_parameters()
+    assert model.training_bytes(rows) == pytest.approx(peak, rel=0.03)
 
 
 def test_state_dict_holds_parameters_only():

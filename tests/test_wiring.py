@@ -62,6 +62,43 @@ def test_a_124m_preset_is_the_124m_model():
         assert (config.vocab_size, config.valid_vocab_size) == (50_304, 50_257)
 
 
+SIZES = {  # GPT-2's: layers, heads, channels, parameters without biases and learned positions, GB in training
+    "gpt2-124m": (12, 12, 768, 123_587_328, 9.9),
+    "gpt2-350m": (24, 16, 1024, 353_551_360, 24.8),
+    "gpt2-774m": (36, 20, 1280, 772_271_360, 47.2),
+    "gpt2-1558m": (48, 25, 1600, 1_555_201_600, 56.0),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_preset_has_the_size_in_its_name(name):
+    """Bugs: a digit that slips in a shape; a preset that the memory it was made for does not hold."""
+    n_layer, n_head, n_embd, parameters, gigabytes = SIZES[name]
+    c = PRESETS[name]
+    with torch.device("meta"):
+        model = GPT(c.model_config(50_257))
+    assert (c.n_layer, c.n_head, c.n_embd, c.block_size) == (n_layer, n_head, n_embd, 1024)
+    assert model.num_parameters() == parameters == 50_304 * n_embd + n_layer * (12 * n_embd + 2) * n_embd + n_embd
+    assert model.training_bytes(c.batch_size) == pytest.approx(1e9 * gigabytes, abs=5e7)
+    assert not problems(c)
+    same = ("optimizer", "max_steps", "total_batch_tokens", "weight_decay", "beta2", "grad_clip", "dropout", "schedule")
+    assert all(getattr(c, key) == getattr(PRESETS["gpt2-124m"], key) for key in same)
+
+
+@pytest.mark.parametrize("name", ["gpt2-350m", "gpt2-774m", "gpt2-1558m"])
+def test_a_slice_of_a_larger_preset_trains(name):
+    """Bug: a width or number of heads with which the model or the optimizer cannot work."""
+    c = PRESETS[name]
+    model = GPT(replace(c.model_config(64), n_layer=1, block_size=16))
+    optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), lr=c.lr)
+    idx = torch.arange(16)[None]
+    before = model(idx, idx)
+    before.backward()
+    optimizer.step()
+    assert model.h[0].attn.n_head * 64 == c.n_embd, "GPT-2's heads have 64 channels"
+    assert before.item() == pytest.approx(16 * math.log(64), rel=0.05) and model(idx, idx) < before
+
+
 # --- the optimizer
 
 OPTIMIZER = dict(weight_decay=0.7, beta2=0.8, grad_clip=0.3, lr=5e-3, min_lr=1e-3, warmup_frac=0.3)

@@ -138,44 +138,33 @@ class ShardWriter:
         self.text_bytes += text_bytes
         ids = np.ascontiguousarray(ids, self.dtype)
         while ids.size:
+            if self.file is None:
+                self.file = open(self.unfinished, "wb", WRITE_BUFFER)  # noqa: SIM115 (until the shard is complete)
+                self.file.write(bytes(OUR_HEADER))  # room for the header, which holds the number of tokens
+                sync_directory(self.directory)
             part = ids[: self.shard_tokens - self.filled]
-            self.append(part)
+            self.file.write(part)
             self.filled += part.size
             ids = ids[part.size :]
             if self.filled == self.shard_tokens:
                 self.flush()
 
-    def append(self, part):
-        if self.file is None:
-            self.file = open(self.unfinished, "wb", WRITE_BUFFER)  # noqa: SIM115 (until the shard is whole)
-            self.file.write(bytes(OUR_HEADER))  # room for the header, which holds the number of tokens
-            sync_directory(self.directory)
-        self.file.write(part)
-
     def flush(self):
         """Makes a shard of the tokens that are not in one yet, if there are any."""
         if not self.filled:
             return
-        header = io.BytesIO()
-        facts = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.filled,)}
-        np.lib.format.write_array_header_1_0(header, facts)
         self.file.seek(0)
-        self.file.write(header.getvalue())
-        self.sync()
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.filled,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+        self.file.flush()
+        sync(self.file)
         self.file.close()
-        self.file, path = None, self.directory / self.name(len(self.shards))
+        self.file, path = None, self.directory / f"{self.prefix}_{len(self.shards):06d}.npy"
         os.replace(self.unfinished, path)
         sync_directory(self.directory)
         entry = {"name": path.name, "tokens": self.filled, "dtype": self.dtype.str, "text_bytes": self.text_bytes}
         self.shards.append(entry | {"sha256": sha256(path)})
         self.filled = self.text_bytes = 0
-
-    def name(self, i):
-        return f"{self.prefix}_{i:06d}.npy"
-
-    def sync(self):
-        self.file.flush()
-        sync(self.file)
 
     def discard(self):
         """Removes the unfinished file, after a failure."""

@@ -49,6 +49,7 @@ PEAK_FLOPS = [
 ]
 GIT_SECONDS = 10  # to wait for git's answer
 SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
+left_groups = []  # see Runtime.__exit__
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -220,7 +221,14 @@ class Runtime:
         return self
 
     def __exit__(self, *exc):
-        stop()
+        """Leaves the process group, but keeps the group's object until the process ends.
+
+        Otherwise DDP's model may hold the last reference. DDP then frees it with Python's lock held and waits for a
+        thread of gloo, which may be waiting for that lock: the process hangs after its work (seen with torch 2.13)."""
+        torch.use_deterministic_algorithms(False)
+        if dist.is_initialized():
+            left_groups.append(dist.group.WORLD)
+            dist.destroy_process_group()
 
     @property
     def is_main(self):
@@ -443,20 +451,6 @@ def keep_freed_memory():
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not cut off
-
-
-def stop():
-    """Leaves the process group, but keeps the group's object until the process ends.
-
-    Otherwise DDP's model may hold the last reference. DDP then frees it with Python's lock held and waits for a thread
-    of gloo, which may be waiting for that lock: the process hangs after its work is done (seen with torch 2.13)."""
-    torch.use_deterministic_algorithms(False)
-    if dist.is_initialized():
-        left_groups.append(dist.group.WORLD)
-        dist.destroy_process_group()
-
-
-left_groups = []  # see `stop`
 
 
 def out_of_memory(error) -> bool:

@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from checkpoint import find_checkpoint, load_model
 from support.download import download
 from support.files import write_whole
-from support.runtime import attention_of_any_shape, autocast, memory_advice, pick
+from support.runtime import Runtime, attention_of_any_shape, memory_advice, pick
 from support.tracking import Progress
 from tokenizer import replace_surrogates
 
@@ -339,13 +339,11 @@ def score_batch(model, batch, device, pieces=1) -> np.ndarray:
 
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not use again in training
-def score_sequences(
-    model, sequences, device, batch_tokens, rank=0, world=1, progress=None, poll=None, packed=True
-) -> np.ndarray:
+def score_sequences(model, sequences, rt, batch_tokens, progress=None, packed=True) -> np.ndarray:
     """Summed log-probability (S,), nats, of the scored ids of each (ids, scored) in `sequences`.
 
     With several ranks, 0 where another rank has the sequence; the sum over the ranks is the result. In each round
-    every rank calls `poll()` once, `model.features` once, and `model.logits` as often as the others, because all ranks
+    every rank calls `rt.poll` once, `model.features` once, and `model.logits` as often as the others, because all ranks
     of a sharded model compute together. After each batch of its own a rank calls `progress(sums, done)`, where `done`
     (S,) is True for the sequences that are scored.
     """
@@ -355,12 +353,11 @@ def score_sequences(
     was_training = model.training
     model.eval()
     try:
-        for first in range(0, len(todo), world):
-            if poll is not None:
-                poll()
-            idle = first + rank >= len(todo)
-            batch = todo[-1][-1:] if idle else todo[first + rank]  # an idle rank computes the shortest row again
-            log_p = score_batch(model, batch, device, pieces)
+        for first in range(0, len(todo), rt.world):
+            rt.poll()
+            idle = first + rt.rank >= len(todo)
+            batch = todo[-1][-1:] if idle else todo[first + rt.rank]  # an idle rank computes the shortest row again
+            log_p = score_batch(model, batch, rt.device, pieces)
             if idle:
                 continue
             owners = np.concatenate([row.owners for row in batch])
@@ -374,18 +371,17 @@ def score_sequences(
 
 
 def score(
-    model, tokenizer, examples, device=None, batch_tokens=None, rank=0, world=1, reduce=None, progress=None, poll=None,
-    conventions=tuple(CONVENTIONS), packed=True, prefix=(),
+    model, tokenizer, examples, rt=None, batch_tokens=None, progress=None, conventions=tuple(CONVENTIONS), packed=True,
+    prefix=(),
 ) -> Scores:  # fmt: skip
     """The model's `Scores` on the examples, under the caller's autocast; log-probabilities are float32.
 
-    Every rank gives all the examples and gets all the scores. With several ranks, `reduce` sums a float64 tensor on
-    `device` over them and returns it. `progress` and `poll` are those of `score_sequences`, whose sequences are in the
-    order (convention, example, ending). What they raise ends the evaluation; the model keeps the mode that it had.
-    `poll` must raise on all ranks or on none.
+    rt: the support.runtime.Runtime of this process; default: one process on the model's device. Every rank gives all
+    the examples and gets all the scores. `progress` is that of `score_sequences`, whose sequences are in the order
+    (convention, example, ending). What it or `rt.poll` raises ends the evaluation; the model keeps the mode it had.
     """
-    device = torch.device(device or next(model.parameters()).device)
-    batch_tokens = batch_tokens or (1024 if device.type == "cpu" else 16_384)  # larger ones are not faster on a CPU
+    rt = rt or Runtime(next(model.parameters()).device, "float32")
+    batch_tokens = batch_tokens or (1024 if rt.device.type == "cpu" else 16_384)  # larger ones are not faster on a CPU
     block_size, shape = model.config.block_size, (len(conventions), len(examples), 4)
     rendered = [CONVENTIONS[name](examples, tokenizer, prefix) for name in conventions]
     pairs = [pair for some, _ in rendered for pair in some]
@@ -393,9 +389,9 @@ def score(
     if without is not None:
         raise UserError(f"HellaSwag example {without // 4 % len(examples)} has an ending without tokens")
     sequences = [cut_to_context(context, ending, block_size) for context, ending in pairs]
-    sums = score_sequences(model, sequences, device, batch_tokens, rank, world, progress, poll, packed)
-    if world > 1:
-        sums = reduce(torch.from_numpy(sums).to(device)).cpu().numpy()
+    sums = score_sequences(model, sequences, rt, batch_tokens, progress, packed)
+    if rt.world > 1:
+        sums = rt.reduce(torch.from_numpy(sums).to(rt.device)).cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(sums))
     if len(bad):
         example = bad[0] // 4 % len(examples)
@@ -569,18 +565,18 @@ def main(argv=None):
     args = parse(
         HellaSwagConfig, argv, "Score a checkpoint on HellaSwag; the table goes to stdout.", EXAMPLES, problems
     )
-    device, dtype = pick(args.device, args.dtype)
+    rt = Runtime(*pick(args.device, args.dtype))
     path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)
-    model, tokenizer = load_hf(args.hf_model, device) if args.hf_model else load_model(path, device)
+    model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else load_model(path, rt.device)
     name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
-    print(f"{name} on {device} in {dtype}", file=sys.stderr)
+    print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
     options = {"packed": False, "prefix": tokenizer.prefix} if args.hf_model else {}
     labels = np.array([example["label"] for example in examples])
     bar = Progress(0, len(examples), unit="example", plain=False)
-    with closing(bar), memory_advice("on the device; lower --batch_tokens"), autocast(device, dtype):
+    with closing(bar), memory_advice("on the device; lower --batch_tokens"), rt.autocast():
         progress = running_accuracy(bar, labels)
-        scores = score(model, tokenizer, examples, device, args.batch_tokens, progress=progress, **options)
+        scores = score(model, tokenizer, examples, rt, args.batch_tokens, progress, **options)
     try:
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)

@@ -300,8 +300,7 @@ def validate(c: TrainConfig, rt, model, data: Data) -> dict:
 def hellaswag(c: TrainConfig, rt, model, data: Data) -> dict:
     """Accuracies and their standard errors, as hellaswag_eval.Scores.summary gives them."""
     with rt.autocast():
-        ranks = dict(rank=rt.rank, world=rt.world, reduce=rt.reduce, poll=rt.poll)
-        return hellaswag_eval.evaluate(model, data.tokenizer, data.examples, device=rt.device, **ranks)
+        return hellaswag_eval.evaluate(model, data.tokenizer, data.examples, rt=rt)
 
 
 def sample(c: TrainConfig, rt, model, data: Data) -> str:

@@ -305,7 +305,7 @@ def measure_hellaswag(work, args):
     examples = examples[:: max(1, len(examples) // args.examples)][: args.examples]
     tokenizer = load_tokenizer(args.tokenizer)
     model = small_model(args, valid_vocab_size=tokenizer.vocab_size, dropout=0.0).to(device).eval()
-    options = {"device": device, "batch_tokens": args.batch_tokens}
+    options = {"batch_tokens": args.batch_tokens}
     score = hellaswag_eval.score
     ways = {
         "plain": lambda some=examples: plain(model, tokenizer, some, device),

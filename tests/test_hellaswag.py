@@ -222,6 +222,11 @@ def test_who_sees_whom():
     assert looks[1][:3] == [[0], [0, 1], [0, 2]] and all(looks[1])
 
 
+def a_rank(rank, world, reduce=None, poll=lambda: None):
+    """What an evaluation asks of a support.runtime.Runtime."""
+    return SimpleNamespace(device=torch.device("cpu"), rank=rank, world=world, reduce=reduce, poll=poll)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("batch_tokens", [300, 100_000])  # uneven shares; one batch, so ranks without any
 def test_world_size_does_not_matter(model, tokenizer, monkeypatch, world, batch_tokens):
@@ -233,18 +238,18 @@ def test_world_size_does_not_matter(model, tokenizer, monkeypatch, world, batch_
     single = hs.score(model, tokenizer, examples, batch_tokens=batch_tokens)
     for rank in range(world):
         calls.clear()
-        args = {"batch_tokens": batch_tokens, "rank": rank, "world": world, "reduce": lambda t: shares.append(t) or t}
+        rt = a_rank(rank, world, lambda t: shares.append(t) or t, lambda: calls.append(("poll", [])))
         done_by.append(0)
-        args["progress"] = lambda sums, done: done_by.__setitem__(-1, int(done.sum()))
-        hs.score(model, tokenizer, examples, poll=lambda: calls.append(("poll", [])), **args)
+        count = lambda sums, done: done_by.__setitem__(-1, int(done.sum()))  # noqa: E731
+        hs.score(model, tokenizer, examples, rt, batch_tokens, count)
         per_rank.append([name for name, _ in calls])
     assert all(calls == per_rank[0] for calls in per_rank)
     assert per_rank[0][0] == "poll" and per_rank[0].count("poll") == per_rank[0].count("features")
     assert per_rank[0].count("logits") > per_rank[0].count("features")
     assert sum(done_by) == 8 * len(examples)
     for rank in range(world):
-        args = {"batch_tokens": batch_tokens, "rank": rank, "world": world, "reduce": lambda t: sum(shares)}
-        whole = hs.score(model, tokenizer, examples, **args)
+        rt = a_rank(rank, world, lambda t: sum(shares))
+        whole = hs.score(model, tokenizer, examples, rt, batch_tokens)
         assert all((whole.sums[c] == single.sums[c]).all() for c in hs.CONVENTIONS)
         assert whole.summary() == single.summary()
 
@@ -295,9 +300,9 @@ def test_training_is_not_disturbed(model, tokenizer):
     def stop(*args):
         raise KeyboardInterrupt
 
-    for name in ("progress", "poll"):
+    for options in ({"progress": stop}, {"rt": a_rank(0, 1, poll=stop)}):
         with pytest.raises(KeyboardInterrupt):
-            hs.evaluate(model, tokenizer, make_examples(3), **{name: stop})
+            hs.evaluate(model, tokenizer, make_examples(3), **options)
         assert model.training
 
 

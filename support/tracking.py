@@ -337,7 +337,7 @@ class Progress:
             if self.bar is None:  # created late: what is printed before the first step does not break the bar
                 options = dict(unit=f" {self.unit}", dynamic_ncols=True, smoothing=0.05)
                 self.bar = tqdm(total=self.total, initial=self.first, **options)
-            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.set_postfix_str(text, refresh=done == self.bar.n)  # update(0) would not show it
             self.bar.update(done - self.bar.n)
         elif self.shown and self.plain:
             now = time.monotonic()

@@ -8,10 +8,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +28,13 @@ from data_processing_fineweb import MANIFEST, FineWebDataset, verify
 from prepare_fineweb import PrepareConfig, prepare_demo
 from support import demo_corpus
 from support.cli import UserError, run
+from support.rows import File, identity
 from tokenizer import load_tokenizer, train_tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ROOT = Path(prepare_fineweb.__file__).parent
 VAL_SHARE = 0.15
@@ -244,7 +252,7 @@ def test_split_on_cuts_texts_at_a_literal_marker(here, byte_tokenizer, monkeypat
 
 
 def test_one_document_trains_with_its_first_part_and_validates_with_its_last(here, byte_tokenizer):
-    """Bug: one text file, "raise --val_share", "lower --val_share"; no value works."""
+    """Bugs: one text file, for which no value of --val_share works; what was replaced in it counted twice."""
     text = DOCS[0] * 100
     Path("a.txt").write_text(text)
     made = prepare("d", Path("a.txt"), val_share=None)
@@ -252,6 +260,8 @@ def test_one_document_trains_with_its_first_part_and_validates_with_its_last(her
     assert np.array_equal(stream("d"), ids_of(byte_tokenizer, [text[:at]]))
     assert np.array_equal(stream("d_val"), ids_of(byte_tokenizer, [text[at:]]))
     assert made["val"]["text_bytes"] + made["train"]["text_bytes"] == len(text.encode())
+    made = prepare("e", write_jsonl("a.jsonl", ["\ud800" + text]), val_share=None)
+    assert sum(m["replaced_surrogates"] for m in made.values()) == 1
 
 
 def test_a_tokenizer_trained_on_the_same_text(here):
@@ -263,6 +273,18 @@ def test_a_tokenizer_trained_on_the_same_text(here):
     assert contents("d") == contents("e")
     assert made["train"]["tokenizer"]["vocab_size"] == load_tokenizer("d/tokenizer").vocab_size <= 400
     assert "quick" in load_tokenizer("d/tokenizer").decode(stream("d"))
+
+
+def test_a_tokenizer_sees_a_bounded_part_of_the_training_text_alone(here, monkeypatch):
+    """Bugs: a tokenizer that knows the validation text; one document of 10 GB is trained on as a whole."""
+    seen, train = [], prepare_fineweb.train_tokenizer
+    monkeypatch.setattr(
+        prepare_fineweb, "train_tokenizer", lambda texts, n: seen.append([*texts]) or train(seen[-1] * 9, n)
+    )
+    for name, limit in ("d", 10**6), ("e", 100):
+        monkeypatch.setattr(prepare_fineweb, "SAMPLE_CHARS", limit)
+        prepare(name, write_jsonl("a.jsonl", DOCS), tokenizer="gpt2", train_tokenizer=300)
+    assert seen[0] == by_hash(DOCS)[0] and seen[1] and all(len(text) <= 100 for text in seen[1]) and len(seen[1]) < 9
 
 
 def test_same_bytes_for_any_workers_start_method_and_batch_size(here, monkeypatch):
@@ -404,21 +426,27 @@ def test_no_text_is_in_both_splits(here, byte_tokenizer):
     prepare("d", "a.jsonl")
     for directory, texts in zip(("d", "d_val"), by_hash([*DOCS, *DOCS[20:40]])):
         assert np.array_equal(stream(directory), ids_of(byte_tokenizer, texts))
-    made = prepare("e", "a.jsonl", val_files=write_parquet("v.parquet", DOCS[5:9]))
+    val_files = [write_parquet("v.parquet", DOCS[5:7], row_group_size=10), write_jsonl("w.jsonl", DOCS[7:9])]
+    how = dict(local_files="a.jsonl", val_files=val_files, shard_tokens=300)  # each file is a piece
+    made = prepare("e", **how)
     assert made["train"]["skipped"] == skipped(in_validation=4)
     assert np.array_equal(stream("e"), ids_of(byte_tokenizer, [*DOCS[:5], *DOCS[9:], *DOCS[20:40]]))
     assert np.array_equal(stream("e_val"), ids_of(byte_tokenizer, DOCS[5:9]))
+    assert prepare("f", **how, pieces="2:3") == {} and prepare("f", **how) == made
 
 
 SCORED = [("en", 3.5), ("en", 2.0), ("de", 4.0), ("en", None), (None, 5.0), ("en", 3.0), ("en", float("nan"))]
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_filters_take_what_they_say_and_count_the_rest(kind, here, byte_tokenizer):
     """Bugs: a null score taken for a good one; what was left out not counted."""
     rows = [{"text": f"text {i}", "language": lang, "score": x} for i, (lang, x) in enumerate(SCORED)]
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
+    elif kind == "csv":
+        with open("a.csv", "w", newline="") as f:
+            csv.writer(f).writerows([["text", "language", "score"], *(row.values() for row in rows)])
     else:
         rows = ({k: v for k, v in row.items() if v is not None} for row in rows)
         Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -479,6 +507,28 @@ def test_a_killed_worker_is_an_error_within_seconds(here, capsys, monkeypatch):
     assert not Path("edu_fineweb10B", MANIFEST).exists()
 
 
+def test_ctrl_c_ends_the_piece_in_this_process_too(here, capsys, monkeypatch):
+    """Bug: the prompt comes back when a piece of 100M tokens is made."""
+    encode, seen = pieces.encoded, []
+
+    def interrupted(flying, *args, **kwargs):
+        while not seen:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+
+    def slowly(documents, tokenizer):
+        for document, ids in encode(documents, tokenizer):
+            seen.append(document)
+            time.sleep(0.01)
+            yield document, ids
+
+    monkeypatch.setattr(pieces, "BATCH_CHARS", 100)
+    monkeypatch.setattr(pieces, "wait", interrupted)
+    monkeypatch.setattr(pieces, "encoded", slowly)
+    code, err = command(capsys, "--local_files", write_jsonl("a.jsonl", DOCS * 10))
+    assert code == 130 and "the same command goes on" in err and len(seen) < 10 * len(DOCS)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_workers_leave_when_their_parent_is_killed(here):
     files = [write_jsonl(name, [f"{name} words " * 200_000] * 60) for name in ("a.jsonl", "b.jsonl")]
@@ -509,6 +559,8 @@ def test_leftovers_without_a_plan_are_begun_anew(here, capsys):
     Path("d", "tokenizer").mkdir(parents=True)
     for name in "fineweb_train_000777.npy", ".fineweb_train_000002.host.4711.unfinished", ".manifest.json.47.tmp":
         Path("d", name).write_bytes(b"of a longer run")
+    Path("d", "pieces").mkdir()
+    Path("d", "pieces", "plan.json").write_text("{}")  # of another recipe, but no piece is made that could be lost
     for directory in "d", "e":
         assert command(capsys, *A, "--out_dir", directory)[0] == 0
     assert contents("d") == contents("e") and contents("d_val") == contents("e_val")
@@ -528,22 +580,28 @@ def test_a_document_of_50_megabytes_is_one_document(here, byte_tokenizer):
     assert np.array_equal(stream("d"), np.concatenate([before, [byte_tokenizer.eot_token], of_text, after]))
 
 
-def test_progress_shows_inside_a_piece(here, capsys, monkeypatch):
-    """Bug: minutes without a word while one large piece is made."""
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_inside_a_piece(terminal, here, capsys, monkeypatch):
+    """Bugs: minutes without a word while one large piece is made; a bar that stands still until the next is done."""
     monkeypatch.setattr(pieces, "BAR_SECONDS", 0.01)
     monkeypatch.setattr(pieces, "LINE_SECONDS", 0)
+    monkeypatch.setattr(pieces, "BYTES_PER_TOKEN", 1e-4)  # of a source file: so each is a piece
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "120")
     encode = pieces.encoded
 
     def slowly(documents, tokenizer):
         for document, ids in encode(documents, tokenizer):
             time.sleep(0.01)
-            yield document, np.tile(ids, 10_000)
+            yield document, np.tile(ids, 3000)
 
     monkeypatch.setattr(pieces, "encoded", slowly)
-    prepare("d", write_jsonl("a.jsonl", DOCS))
-    before = capsys.readouterr().out.split("1 of 1 pieces made")[0]
-    told = [int(line.split(" MB of shards so far")[0]) for line in before.splitlines()]
-    assert told == sorted(told) and 0 < told[-1] <= sum(p.stat().st_size for p in here.glob("d*/*.npy")) / 1e6 + 1
+    prepare("d", [write_jsonl("a.jsonl", DOCS), write_jsonl("b.jsonl", DOCS)])
+    said = capsys.readouterr()
+    second = said.err.split("| 1/2 [", 1)[1] if terminal else said.out.split("1 of 2 pieces made")[1]
+    told = [int(n) for n in re.findall(r"(\d+) MB of shards so far", second.split("2/2")[0])]
+    assert told == sorted(told) and len(set(told)) > 2
+    assert told[-1] <= 1 + sum(p.stat().st_size for p in here.glob("d*/*.npy")) / 1e6
 
 
 # --- an unfinished run
@@ -574,6 +632,7 @@ def died(byte_tokenizer, tmp_path_factory):
         m.setattr(pieces, "encoded", dies)
         assert run(lambda: prepare_fineweb.main([*argv, "d"])) == 130
         assert len(list(Path("d", "pieces").glob("0*.json"))) > 1 and not Path("d", MANIFEST).exists()
+        assert not list(Path("d").glob(".fine*"))  # an error leaves nothing half-written
         return Path.cwd()
 
 
@@ -642,35 +701,44 @@ def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
         line = refused(capsys, *unfinished, *change)
         assert all(word in line for word in ["was begun otherwise", "--restart", *says]), line
     assert contents("d") == before
+    train_tokenizer(DOCS, 300).save(Path("d", "tokenizer"))
+    assert "d/tokenizer: changed since this preparation began" in refused(capsys, *unfinished)
     assert command(capsys, *unfinished, "--shard_tokens", 700, "--restart")[0] == 0
     assert json.loads(Path("d", MANIFEST).read_text())["arguments"]["shard_tokens"] == 700
     assert command(capsys, *unfinished, "--restart")[0] == 0  # also of what is complete
     assert finished_like_the_undisturbed()
 
 
-@pytest.mark.parametrize("what", ["facts cut", "facts of nothing", "of another plan", "shard gone", "shard cut"])
+@pytest.mark.parametrize("what", ["facts cut", "no facts", "other plan", "shard gone", "shard cut", "other shard"])
 def test_facts_that_cannot_be_right_are_made_again(what, unfinished, capsys):
     """Bugs: tracebacks; shards with a hole where tokens were lost."""
     path, shard = Path("d", "pieces", "000001.json"), Path("d", "fineweb_train_000001_000000.npy")
     if what == "facts cut":
         path.write_text(path.read_text()[:99])
-    elif what == "facts of nothing":
+    elif what == "no facts":
         path.write_text("{}")
-    elif what == "of another plan":
+    elif what == "other plan":
         path.write_text(json.dumps(json.loads(path.read_text()) | {"plan": "x"}))
     elif what == "shard gone":
         shard.unlink()
+    elif what == "other shard":
+        np.save(shard, np.load(shard)[:-1])
     else:
         shard.write_bytes(b"x")
     assert command(capsys, *unfinished)[0] == 0
     assert finished_like_the_undisturbed()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no flock")
+@pytest.mark.skipif(fcntl is None, reason="no flock")
 def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
-    """Bug: one removes what the other is writing."""
+    """Bugs: one removes what the other is writing; the processes of a run that was just killed are not waited for."""
     with prepare_fineweb.alone(pieces.split_directories("d")):
         assert "another process is preparing it" in refused(capsys, *unfinished)
+    fd = os.open("d", os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    prepare_fineweb.LOCK_SECONDS = 60  # undone by the fixture
+    threading.Timer(0.3, os.close, (fd,)).start()
+    assert command(capsys, *unfinished)[0] == 0
 
 
 def test_parts_made_by_several_hosts(unfinished, capsys):
@@ -731,6 +799,18 @@ def test_a_rerun_made_otherwise_is_refused(here, capsys):
     line = refused(capsys, *A)
     assert "source" in line and "a.jsonl" in line
     assert contents("edu_fineweb10B") == before
+
+
+def test_a_change_anywhere_in_a_source_file_is_seen(here):
+    """Bug: another text under an old name and of the same size taken for the one that is prepared."""
+    for at, time_of_change in (0, 1), (100_000, 2), (199_999, 1):  # in the midst only the time says so
+        data, seen = bytearray(200_000), []
+        for changed in 0, time_of_change:
+            data[at] = changed
+            Path("a.txt").write_bytes(data)
+            os.utime("a.txt", (1, changed or 1))
+            seen.append(identity([File("a.txt", len(data))]))
+        assert seen[0] != seen[1], at
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "fineweb_train_000000.npy.bak", "tokenizer/mine.json", "sub/x.npy"])

@@ -169,27 +169,29 @@ def means(runs, values, measure) -> dict:
 # From rows to words.
 
 
-def verdict(row) -> str:
-    """The arm's difference to the base, in words."""
+def verdict(row, comparisons=1) -> str:
+    """The arm's difference to the base, in words, as one of so many comparisons."""
     d, unit = row["difference"], UNITS[row["measure"]]
     if d["error"] is None:
         return f"{d['mean']:+.4f} {unit}; one seed gives no interval, so this may be noise"
     if d["low"] == d["high"] == 0:
         return "the same numbers with every seed"
     low, high = sorted((abs(d["low"]), abs(d["high"])))
-    if not row["real"]:
-        return f"no difference found; one of more than {high:.3f} {unit} is excluded (95%, {d['seeds']} seeds)"
     word = "better" if d["mean"] < 0 else "worse"
-    size = f"{abs(d['mean']):.3f} ± {d['error']:.3f} {unit}"
-    return f"{word} by {size} (95%: {low:.3f} to {high:.3f}, {d['seeds']} seeds)"
+    size = f"{abs(d['mean']):.3f} ± {d['error']:.3f} {unit} (95%: {low:.3f} to {high:.3f}, {d['seeds']} seeds)"
+    if row["real"]:
+        return f"{word} by {size}"
+    if d["low"] * d["high"] > 0:
+        return f"not told from noise among {comparisons} comparisons; alone it would be {word} by {size}"
+    return f"no difference found; one of more than {high:.3f} {unit} is excluded (95%, {d['seeds']} seeds)"
 
 
 def notes(rows) -> list[str]:
     """What the table means, a line each."""
-    said = [f"{row['arm']}: {verdict(row)}" for row in rows if "difference" in row]
+    compared = [row["difference"] for row in rows if "real" in row]
+    said = [f"{row['arm']}: {verdict(row, len(compared))}" for row in rows if "difference" in row]
     said += [f"{row['arm']}: failed with seed {s}: {text}" for row in rows for s, text in row["failed"].items()]
     good = [row for row in rows if "mean" in row]
-    compared = [row["difference"] for row in rows if "real" in row]
     if compared:
         tables = "1 comparison" if len(compared) == 1 else f"{len(compared)} comparisons"
         said.append(f"{tables}: a false 'better' or 'worse' somewhere in {LEVEL:.0%} of such tables (Holm's test)")

@@ -379,8 +379,11 @@ def test_gpu_sh_in_its_short_form(tmp_path):
 # --- the recipe's comparisons
 
 
-@pytest.mark.parametrize("name", ["recipe", pytest.param("recipe_fast", marks=pytest.mark.slow)])
-def test_the_recipes_study_is_a_comparison_that_can_begin(name, tmp_path, monkeypatch, capsys):
+with_patches = [pytest.param(name, marks=pytest.mark.slow) for name in ("recipe_fast", "ideas")]
+
+
+@pytest.mark.parametrize("name", ["recipe", *with_patches])
+def test_the_comparisons_kept_as_files_can_begin(name, tmp_path, monkeypatch, capsys):
     """Bugs: a flag or a patch that the code has left behind; an arm that is another one's double."""
     monkeypatch.chdir(ROOT)
     assert compare.main(["--dir", str(tmp_path), "--dry_run", f"@benchmarks/{name}.args"]) == 0

@@ -34,6 +34,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "export_hf.py": "",
     "export_hf.py import": "",
     "plot_run.py": "",
+    "report.py": "",
     "compare.py": "--max_steps 2 --eval_interval 2 --sample_interval 0 --val_tokens 512",  # flags of its runs
     "checkpoint.py verify": "",
     "data_processing_fineweb.py verify": "",

@@ -7,10 +7,14 @@ import re
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import checkpoint
+import compare
+import report
 from model import GPT, GPTConfig
 from support.cli import run
 from toy import ROOT, spread
@@ -82,6 +86,8 @@ def test_quoted_code_is_in_the_source_line_by_line(chapter):
 def flags_of(script) -> set[str]:
     if script.name == "train.py":
         return set(TrainConfig.__dataclass_fields__)
+    if script.name == "compare.py":  # which passes on flags of its runs
+        return {*TrainConfig.__dataclass_fields__, *compare.CompareConfig.__dataclass_fields__}
     text = script.read_text(encoding="utf-8")
     return set(re.findall(r'"--(\w+)"', text)) | set(re.findall(r"^    (\w+): [^=\n]+ = (?:flag|unset)\(", text, re.M))
 
@@ -137,6 +143,37 @@ def test_the_text_quotes_what_was_measured():
     assert [words for words in said if words not in flat] == []
     assert f"= {loss['uniform']:.2f}" in last and f"begins at {loss['first']:.2f}" in last
     assert f"bends near {loss['frequencies']:.2f}" in last
+
+
+def test_chapter_5_quotes_the_comparison_that_is_kept():
+    """A table measured again, under a text that still tells of the old one; statistics told by hand and wrong."""
+    text = CHAPTERS["5-is-it-better.md"]
+    folder = ROOT / "benchmarks" / "results" / "comparisons" / "ideas"
+    quoted = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith(("| ", "- "))]
+    assert len(quoted) > 12 and [line for line in quoted if line not in text] == []
+    rows = {row["arm"]: row for row in map(json.loads, (folder / "report.jsonl").read_text().splitlines())}
+    base, qk = rows["base"]["values"], rows["qk-norm"]
+    d = qk["difference"]
+    flat = " ".join(text.replace("−", "-").split())
+    said = ["{:.4f}, {:.4f} and {:.4f} with".format(*base.values())]
+    said += ["{:.4f}, {:.4f} and {:.4f}. How".format(*(qk["values"][seed] - base[seed] for seed in base))]
+    said += [
+        f"$\\bar d = {d['mean']:.4f}$ and $s = {d['error']:.4f}$",
+        f"of squared ReLU is {rows['relu2']['difference']['p']:.4f}",
+    ]
+    scatter = d["error"] * math.sqrt(3)
+    said += [f"differences, {scatter:.4f}:"]
+    for n in (2, 3, 5, 8):
+        least = [report.smallest_shown(scatter / math.sqrt(n), n, k) for k in (1, 5)]
+        said += ["| {} | {:.3f} | {:.3f} |".format(n, *least)]
+    early, last = ([rows[arm]["curve"][1][i] for arm in ("base", "untied head")] for i in (1, -1))
+    said += [f"ahead by {early[0] - early[1]:.3f} after {rows['base']['curve'][0][1]:,} tokens"]
+    said += [f"behind by {last[1] - last[0]:.3f} at the end"]
+    for arm in ("soft-cap", "qk-norm"):  # Welch's interval, without pairs
+        unpaired = stats.ttest_ind(*(list(rows[a]["values"].values()) for a in (arm, "base")), equal_var=False)
+        reach = np.ptp(unpaired.confidence_interval()) / 2
+        said += [f"±{reach:.3f} to ±{(rows[arm]['difference']['high'] - rows[arm]['difference']['low']) / 2:.3f}"]
+    assert [words for words in said if words not in flat] == []
 
 
 # ---------------------------------------------------------------------------------------

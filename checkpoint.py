@@ -42,6 +42,7 @@ DEFAULT_DIR = "checkpoints"
 LEFTOVER = ".unfinished_"  # prefix of directories that are being written
 DOOMED = f"{LEFTOVER}removal_"  # prefix of directories that are being deleted
 ASIDE = "aside_"  # prefix of checkpoints that are not in the line of steps
+MAY_DIFFER = ("block_size", "rope_theta", "dropout")  # of a model from that of --init_from: no weight depends on them
 
 # ---------------------------------------------------------------------------------------
 # Saving.
@@ -406,6 +407,7 @@ class Saver:
         self.c, self.rt, self.identity, self.tokenizer = c, rt, identity, tokenizer
         self.saved_step = -1  # the step of the run's newest good checkpoint
         self.from_other = False  # whether the run began at a checkpoint of another run
+        self.origin = None  # of the first weights: path, sha256 and step of a checkpoint; None: drawn from the seed
         self.changed = []  # flags that differ from those of the checkpoint's session, as text
         self.writing = None  # on rank 0: the future of the checkpoint that is being written
         self.pinned = {}  # see `snapshot`
@@ -426,6 +428,7 @@ class Saver:
         c = self.c
         found = self.rt.from_main(lambda: find_start(c))
         if found is None:
+            self.start_from_origin(net.model)
             return Position()
         state = read_state(found / STATE)
         was, now = asdict(GPTConfig()) | state["identity"], self.identity  # a newer field had its default
@@ -435,13 +438,41 @@ class Saver:
         load_training(found, net.model, net.optimizer)
         if net.scaler.is_enabled() and state.get("scaler"):
             net.scaler.load_state_dict(state["scaler"])
-        before = state.get("config") or {}
+        before, self.origin = state.get("config") or {}, state.get("origin")
+        if c.init_from and c.init_from != before.get("init_from"):
+            raise UserError(
+                f"{found} is of a run that began with the weights of {before.get('init_from') or 'its seed'}, not of "
+                f"{c.init_from}; leave --init_from out, or give a new --run_name"
+            )
         self.changed = [f"{k} {before[k]} -> {v}" for k, v in asdict(c).items() if k in before and before[k] != v]
         self.from_other = found.parent.resolve() != c.run_dir.resolve()
         if not self.from_other:
             self.saved_step = state["step"]
             self.rt.from_main(lambda: cut_line(c.run_dir, state["step"]))
         return Position(state["step"], state["samples_seen"], state["seconds"])
+
+    def start_from_origin(self, model):
+        """Loads the weights that --init_from names into the new model. UserError where they are of another model, or
+        were trained with another tokenizer: its ids would be numbers without meaning."""
+        c = self.c
+        if not c.init_from:
+            return
+        found = self.rt.from_main(lambda: find_checkpoint(c.init_from, c.checkpoint_dir))
+        theirs, tokenizer = read_config(found / CONFIG), load_tokenizer(found)
+        if tokenizer.fingerprint() != self.tokenizer.fingerprint():
+            raise UserError(
+                f"{found} has tokenizer {tokenizer.name!r} ({tokenizer.vocab_size} ids), and {c.data_dir} has "
+                f"{self.tokenizer.name!r} ({self.tokenizer.vocab_size} ids); prepare the text with --tokenizer {found}"
+            )
+        was, now = asdict(theirs), asdict(model.config)
+        other = [f"{k} ({was[k]} there, {now[k]} here)" for k in now if now[k] != was[k] and k not in MAY_DIFFER]
+        if other:
+            raise UserError(f"{found} has another {', '.join(other)}; leave these flags out, or give its values")
+        load_weights(found, model)
+        self.from_other = True  # so no row of metrics.jsonl is kept: another origin may have been tried before
+        manifest = read_json(found / MANIFEST)
+        sha = manifest["files"][MODEL]["sha256"]
+        self.origin = {"path": str(found), "sha256": sha, "step": manifest.get("step")}
 
     def due(self, at) -> bool:
         """Whether the schedule has a checkpoint at this step."""
@@ -460,7 +491,8 @@ class Saver:
         if not self.rt.is_main:
             return
         scaler = net.scaler.state_dict() if net.scaler.is_enabled() else None
-        state = {**asdict(at), "identity": self.identity, "config": asdict(self.c), "scaler": scaler}
+        about = {"identity": self.identity, "config": asdict(self.c), "origin": self.origin}
+        state = {**asdict(at), **about, "scaler": scaler}
         step, best = at.step, best_step(self.c.run_dir, log.metrics.val_losses())
 
         def write():
@@ -543,6 +575,14 @@ def find_start(c) -> Path | None:
     return found
 
 
+def origin_of(c) -> Path | None:
+    """The checkpoint whose weights --init_from names; None without --init_from. Where the run has checkpoints, the
+    newest of them stands for it: the command was given again, and the origin may be gone by now."""
+    if c.init_from is None:
+        return None
+    return newest(c.run_dir, [CONFIG, TOKENIZER]) or find_checkpoint(c.init_from, c.checkpoint_dir)
+
+
 def goes_back(c, own) -> bool:
     """Whether the run goes back to the checkpoint that --resume names: an older one of the run itself, to which this
     very command has not gone back yet. If it had, the newest, `own`, would have been saved with these flags."""
@@ -577,7 +617,7 @@ def read_state(path) -> dict:
     limits = {"step": (int, 0), "samples_seen": (int, 0), "seconds": (float, 0)}
     good = {k: type(state.get(k)) is kind and low <= state[k] < 2**62 for k, (kind, low) in limits.items()}
     good["identity"] = isinstance(state.get("identity"), dict)
-    good |= {k: isinstance(state.get(k) or {}, dict) for k in ("scaler", "config")}
+    good |= {k: isinstance(state.get(k) or {}, dict) for k in ("scaler", "config", "origin")}
     if not all(good.values()):
         raise UserError(f"{path}: missing or wrong: {', '.join(k for k in good if not good[k])}")
     return state

@@ -120,8 +120,13 @@ class TrainConfig:
         None, "with --eval_only: a run or one checkpoint; the run's own data is used", unit="folder"
     )
 
+    init_from: str | None = flag(
+        None, "a run, one of its checkpoints or RUN/best: a new run starts at step 0 with these weights, and has their "
+        "architecture and tokenizer; --block_size, --rope_theta and --dropout may differ", unit="folder",
+        group="how it runs",
+    )  # fmt: skip
     resume: str = flag("auto", "auto: continue the run if it exists; never: refuse if it does; PATH: from that one",
-                       unit="path", group="how it runs")  # fmt: skip
+                       unit="path")  # fmt: skip
     seed: int = flag(1337, "of weights, data order and dropout")
     no_shuffle: bool = flag(False, "read the data in its stored order")
     device: str = flag("auto", "cuda, mps, cpu, or auto: the first of them there is", unit="name")
@@ -245,9 +250,18 @@ def parse(argv=None) -> TrainConfig:
     """The configuration that a command line means: a preset, or what the named run remembers, changed by the flags
     given. UserError with everything that is wrong."""
     given = read_flags(TrainConfig, argv, "Pre-train a GPT.", EXAMPLES)
-    config = TrainConfig(**remembered(given) | given)
+    config = TrainConfig(**(remembered(given) or origins_shape(given)) | given)
     refuse(problems(config))
     return config
+
+
+def origins_shape(given: dict) -> dict:
+    """The flags of the model, as they are in the checkpoint that --init_from names; {} without --init_from."""
+    path = None if given.get("eval_only") else checkpoint.origin_of(TrainConfig(**given))
+    if path is None:
+        return {}
+    shape = vars(checkpoint.read_config(path / checkpoint.CONFIG))
+    return {f.name: shape[f.name] for f in fields(TrainConfig) if f.name in shape and f.name != "dropout"}
 
 
 def remembered(given: dict) -> dict:

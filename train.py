@@ -95,7 +95,8 @@ def open_data(c: TrainConfig, rt) -> Data:
     """All that the run reads, checked against each other. UserError where something is missing or does not fit."""
     find_shards(c.data_dir, "train")  # missing data is the first thing to say
     kept = Path(c.data_dir, "tokenizer")
-    tokenizer = load_tokenizer(c.tokenizer or (kept if kept.is_dir() else "gpt2"), c.eot_token)
+    name = c.tokenizer or (kept if kept.is_dir() else checkpoint.origin_of(c) or "gpt2")
+    tokenizer = load_tokenizer(name, c.eot_token)
     refuse_long_prompt(c, tokenizer)
     train_data = FineWebDataset(c.data_dir, c.block_size, "train", tokenizer.vocab_size)
     val_data = FineWebDataset(val_directory(c), c.block_size, "val", tokenizer.vocab_size)
@@ -368,7 +369,7 @@ def train(config: TrainConfig) -> dict:
                 log.say(f"{c.run_dir}: already at step {at.step} of {c.max_steps}")
                 return log.summary(at)
             saver.check_space(net)
-            log.introduce(at, saver.changed)
+            log.introduce(at, saver.changed, saver.origin)
             refuse_wrong_products(net, rt, c.batch_size, c.dropout)
             reader = StepReader(delay=rt.device.type == "cuda")
             try:

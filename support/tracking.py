@@ -39,12 +39,13 @@ class Log:
         self.progress = Progress(at.step, self.c.max_steps, self.rt.is_main)
         self.seconds = at.seconds
 
-    def introduce(self, at, changed):
-        """Writes run.json, prints what is trained on what, and starts the tracker. changed: flags, as text."""
+    def introduce(self, at, changed, origin=None):
+        """Writes run.json, prints what is trained on what, and starts the tracker. changed: flags, as text. origin: of
+        the first weights, where another run trained them: path, sha256, step."""
         if not self.rt.is_main:
             return
         c, rt, about = self.c, self.rt, self.about
-        write_json(c.run_dir / "run.json", record_of_run(c, rt, about))
+        write_json(c.run_dir / "run.json", record_of_run(c, rt, about) | {"origin": origin})
         accumulation = c.total_batch_tokens // (c.batch_size * c.block_size * rt.world)
         tokens, there = c.max_steps * c.total_batch_tokens, about["training_tokens"]
         print(f"model      {about['parameters']:,} parameters, {about['vocab_size']:,} token vocabulary")
@@ -52,7 +53,8 @@ class Log:
         sizes = f"{c.batch_size} x {c.block_size} x {accumulation} micro-steps x {rt.world} device(s)"
         print(f"step       {c.total_batch_tokens:,} tokens = {sizes}")
         print(f"device     {rt.device}, {rt.dtype}{', compiled' if about['compiled'] else ''}")
-        print(f"run        {c.run_dir}, {f'continued at step {at.step}' if at.step else 'from the beginning'}")
+        beginning = f"from the weights of {origin['path']}" if origin else "from the beginning"
+        print(f"run        {c.run_dir}, {f'continued at step {at.step}' if at.step else beginning}")
         if changed:
             print(f"changed    {', '.join(changed)}")
         sys.stdout.flush()

@@ -7,6 +7,7 @@ from support.tracking import read_rows, validation_in_words
 from train import PRESETS, TrainConfig
 
 ROOT = Path(__file__).parent.parent
+RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROMISES = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
 ARMS = (ROOT / "arms" / "README.md").read_text(encoding="utf-8")
@@ -21,7 +22,8 @@ def test_every_test_it_names_exists():
 
 
 def test_every_link_leads_somewhere():
-    for folder, page in ((ROOT, README), (ROOT / "tests", PROMISES), (ROOT / "arms", ARMS)):
+    pages = {"": README, "tests": PROMISES, "arms": ARMS, "benchmarks": RESULTS}
+    for folder, page in ((ROOT / name, page) for name, page in pages.items()):
         links = [link for link in re.findall(r"\]\(([^)#]+)\)", page) if "://" not in link]
         assert links and all((folder / link).exists() for link in links), links
 
@@ -37,7 +39,7 @@ def test_every_flag_of_train_it_shows_exists():
 def test_results_it_quotes_are_those_of_the_committed_runs():
     """A run made again under a text, or a line of output, that still tells of the old one."""
     results = ROOT / "benchmarks" / "results"
-    said = " ".join(README.split())
+    said = " ".join((README + RESULTS).split())
     vals = {
         name: {row["step"]: row for row in read_rows(results / name / "metrics.jsonl") if row["kind"] == "val"}
         for name in ("demo", "edu-10m", "edu-10m-seed2", "edu-10m-fast600")

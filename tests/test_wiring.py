@@ -1,6 +1,7 @@
 """Every flag reaches what it names. Each test drives `train(config)` and looks at what came of it, not at a function
 alone: a flag that is read, explained and then ignored passes every other test."""
 
+import io
 import json
 import math
 import os
@@ -545,6 +546,20 @@ def test_the_time_left_is_that_of_the_steps_left(monkeypatch, capsys):
         "1:00:00",
         "10:01:02",
     ]
+
+
+def test_a_bar_on_a_terminal_and_only_there_where_plain_lines_are_off(monkeypatch, capsys):
+    """Bugs: a bar of control characters in a scheduler's log; a bar that says steps where it counts examples."""
+    for total in (3, 300):
+        bar = tracking.Progress(0, total, unit="example", plain=False)
+        bar.show(3, "text"), bar.close()
+    assert capsys.readouterr() == ("", "")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = tracking.Progress(1, 3, unit="example", plain=False)
+    bar.show(3, "text"), bar.close()
+    assert "3/3" in terminal.getvalue() and "example" in terminal.getvalue() and "text" in terminal.getvalue()
 
 
 def test_speed_counts_every_device(toy):

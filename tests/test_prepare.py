@@ -182,7 +182,7 @@ def test_every_file_format_gives_the_same_ids(make, here, byte_tokenizer):
     else:
         WRITERS[make](f"a_2.{make}", DOCS[:middle])
         WRITERS[make](f"a_10.{make}", DOCS[middle:])  # natural order: after a_2
-    made = prepare("d", "a_*")
+    made = prepare("d", ["a_10.jsonl", "a_2.parquet"] if make == "mixed" else "a_*")
     for directory, texts in zip(("d", "d_val"), by_hash(DOCS)):
         assert texts and np.array_equal(stream(directory), ids_of(byte_tokenizer, texts))
     assert sum(m["text_bytes"] for m in made.values()) == sum(len(text.encode()) for text in DOCS)
@@ -530,27 +530,31 @@ def test_ctrl_c_ends_the_piece_in_this_process_too(here, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_workers_leave_when_their_parent_is_killed(here):
-    files = [write_jsonl(name, [f"{name} words " * 200_000] * 60) for name in ("a.jsonl", "b.jsonl")]
+@pytest.mark.parametrize("how", ["kill", "ctrl-c"])
+def test_workers_leave_when_their_parent_is_killed_or_interrupted(how, here):
+    """Bugs: workers that wait for work for ever; a traceback of each worker after Ctrl-C, which goes to all of them."""
+    files = [write_jsonl(name, [f"{name} words " * 100_000] * 60) for name in ("a.jsonl", "b.jsonl")]
     argv = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--tokenizer", "vocabulary", "--local_files", *files]
     argv += ["--num_proc", "2", "--shard_tokens", "1000000"]
-    parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open("err", "w") as err:
+        parent = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=err, process_group=0)
 
     def alive(pids):
         states = (Path(f"/proc/{pid}/stat") for pid in pids)
         return [p for p in states if p.exists() and p.read_text().rsplit(")", 1)[1].split()[0] != "Z"]
 
-    children = ""
     deadline = time.monotonic() + 120
-    while len(children.split()) < 3 and time.monotonic() < deadline:  # two workers and the tracker of their resources
+    while len(list(here.glob("edu*/.fine*"))) < 2 and time.monotonic() < deadline:  # both are at work
         assert parent.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(children) >= 3  # two workers and the tracker of their resources
+    parent.kill() if how == "kill" else os.killpg(parent.pid, signal.SIGINT)
+    assert parent.wait(120) == (-signal.SIGKILL if how == "kill" else 130)
+    while alive(children) and time.monotonic() < deadline:
         time.sleep(0.05)
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text()
-    parent.kill()
-    parent.wait()
-    while alive(children.split()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(children.split()) >= 3 and not alive(children.split())
+    assert not alive(children)
+    assert how == "kill" or Path("err").read_text() == "interrupted; the same command goes on from here\n"
 
 
 def test_leftovers_without_a_plan_are_begun_anew(here, capsys):

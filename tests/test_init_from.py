@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import export_hf
 import train as train_module
 from data_processing_fineweb import ShardWriter
 from support.cli import UserError, run
@@ -82,6 +83,9 @@ def test_a_run_from_an_origin_continues_to_the_same_bits_without_it(origin, tune
             shutil.rmtree(path)
     if killed_at:
         shutil.rmtree(origin.run_dir)
+    else:
+        train(replace(tuned, init_from=str(origin.run_dir / "step_00000005"), max_steps=1))
+        shutil.rmtree(tuned.run_dir / "step_00000001")
     assert parse(as_flags(tuned)) == tuned
     train(tuned)
     assert (trace(tuned), vals(tuned)) == whole
@@ -157,3 +161,36 @@ def test_two_processes_start_from_the_origin(origin, tuned, fsdp):
     ours = load_file(checkpoint.steps(tuned.run_dir)[0] / checkpoint.MODEL)
     for name, t in weights.items():
         torch.testing.assert_close(t, ours[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_model_goes_to_transformers_is_tuned_there_and_comes_back(origin, tuned, tmp_path):
+    """The whole road: pre-train here, export, fine-tune with transformers' Trainer, import, go on here.
+    Bugs: a folder that Trainer saves and the import refuses; a model that comes back as another one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    exported, theirs, back = tmp_path / "exported", tmp_path / "theirs", tmp_path / "back"
+    export_hf.main(["--checkpoint", str(origin.run_dir), "--out_dir", str(exported)])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer("the text of a narrow field, said again and again. " * 40)["input_ids"]
+    rows = [{"input_ids": ids[i : i + 32], "labels": ids[i : i + 32]} for i in range(0, len(ids) - 32, 32)]
+    how = dict(max_steps=20, per_device_train_batch_size=4, learning_rate=3e-3, use_cpu=True, report_to="none")
+    trainer = Trainer(model, TrainingArguments(tmp_path / "trainer", save_strategy="no", **how), train_dataset=rows)
+    before = trainer.evaluate(rows)["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate(rows)["eval_loss"]
+    assert after < before - 0.5
+    trainer.save_model(theirs)
+    tokenizer.save_pretrained(theirs)
+
+    export_hf.main(["import", str(theirs), "--out_dir", str(back)])
+    ours, _ = checkpoint.load_model(back)
+    x = torch.tensor([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(ours(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+    assert loss.item() == pytest.approx(after, abs=1e-3), "the model that was tuned there"
+    tuned = replace(tuned, init_from=str(back), max_steps=10)
+    train(parse(as_flags(tuned)))  # the command line takes the architecture: tuning gave the norms biases
+    assert read_json(tuned.run_dir / "run.json")["origin"]["path"] == str(back / "step_00000000")
+    assert vals(tuned)[10] < vals(tuned)[0], "and it learns the other text again"

@@ -14,7 +14,10 @@ import torch
 from tokenizer import load_tokenizer
 from toy import ROOT
 
-PAGES = [*(ROOT / name for name in ("README.md", "benchmarks/RESULTS.md", "tests/README.md")), *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "benchmarks/RESULTS.md", "tests/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+]
 RUNNERS = r"(?:\w+=\S+ )*(?:\.venv/bin/)?(?:python3?|bash|torchrun|trackio|wandb|pip) "
 TINY = (
     "--device cpu --block_size 64 --n_layer 1 --n_head 2 --n_embd 32 --batch_size 2 --total_batch_tokens 256 "

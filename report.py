@@ -196,8 +196,9 @@ def notes(rows) -> list[str]:
         tables = "1 comparison" if len(compared) == 1 else f"{len(compared)} comparisons"
         said.append(f"{tables}: a false 'better' or 'worse' somewhere in {LEVEL:.0%} of such tables (Holm's test)")
         n, error = compared[0]["seeds"], math.sqrt(statistics.fmean(d["error"] ** 2 for d in compared))
-        least = smallest_shown(error, n, len(compared))
-        said.append(f"{n} seeds find a difference of {least:.3f} {POWER:.0%} of the time")
+        if error:  # arms that are the same run scatter not at all
+            least = smallest_shown(error, n, len(compared))
+            said.append(f"{n} seeds find a difference of {least:.3f} {POWER:.0%} of the time")
     if good and good[0]["error"] is not None:
         deviation = statistics.stdev(good[0]["values"].values())
         said.append(f"noise of {good[0]['arm']} over its seeds: standard deviation {deviation:.4f}")

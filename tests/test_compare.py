@@ -100,6 +100,13 @@ def test_a_difference_that_only_counts_alone_is_said_to_be_undecided():
     assert "one of more than 0.110" in report.verdict({"difference": d, "measure": "loss", "real": False}, 5)
 
 
+def test_an_arm_that_is_the_same_run_has_the_same_numbers():
+    """Bug: "3 seeds find a difference of 0.000", from no scatter at all."""
+    runs = {arm: {seed: outcome(4, 3 + seed / 10) for seed in (1, 2, 3)} for arm in ("base", "again")}
+    said = report.notes(report.summarize(runs, {}))
+    assert said[0] == "again: the same numbers with every seed" and not any("seeds find" in line for line in said)
+
+
 def config(**values):
     return CompareConfig(name="c", **values)
 

@@ -78,12 +78,13 @@ def test_a_run_from_an_origin_continues_to_the_same_bits_without_it(origin, tune
     tuned = replace(tuned, keep_last=9)
     train(tuned)
     whole = trace(tuned), vals(tuned)
-    for path in checkpoint.steps(tuned.run_dir):
-        if checkpoint.step_of(path) > killed_at:
-            shutil.rmtree(path)
     if killed_at:
+        for path in checkpoint.steps(tuned.run_dir):
+            if checkpoint.step_of(path) > killed_at:
+                shutil.rmtree(path)
         shutil.rmtree(origin.run_dir)
     else:
+        shutil.rmtree(tuned.run_dir)
         train(replace(tuned, init_from=str(origin.run_dir / "step_00000005"), max_steps=1))
         shutil.rmtree(tuned.run_dir / "step_00000001")
     assert parse(as_flags(tuned)) == tuned

@@ -2,7 +2,7 @@
 
     python benchmarks/write_samples.py [--checkpoint DIR] [--output samples.md] [--seed 0] [--max_new_tokens 100]
 
-Notable: one sample for each prompt and preset, the first one drawn; nothing is chosen, shortened or mended. The
+There is one sample for each prompt and preset: the first one. None is chosen, shortened or corrected. The
 prompts are the same for every run, so that two files can be laid side by side, and the head of the file names the
 checkpoint, the seed and the command that writes it again.
 """

@@ -1,6 +1,6 @@
 """Hostile and damaged input: whatever a file or a command line holds, the answer is success or one line.
 
-Notable: the files are valid ones with random damage, and those of a checkpoint are sealed anew, because a
+The files are valid ones with random damage, and those of a checkpoint are sealed anew, because a
 hostile file comes with a hash that matches. Every case runs in this process, under a limit on its address
 space a little above what it uses: memory taken because a header announces it is a failure, even where
 nothing is ever written to it. The last part is fast and keeps what was found, one case each.

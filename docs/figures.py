@@ -3,9 +3,9 @@
     python docs/figures.py --checkpoint checkpoints/edu-10m --val_data_dir edu_corpus_val
     python docs/figures.py --only rope schedule order        # those that need neither
 
-Every curve is computed or measured, none is drawn by hand. The rotation is `model.rotate`, the schedule `train.lr_at`, the order
-`FineWebDataLoader`, the attention that of a trained checkpoint. What is measured stands in NAME.json beside
-NAME.png, and the chapters quote it from there. Beside plot_run.py, this is the only file that imports matplotlib.
+Every curve is computed or measured, none is drawn by hand. The rotation is `model.rotate`, the schedule
+`train.lr_at`, the order `FineWebDataLoader`, the attention that of a trained checkpoint. Measured values are in
+NAME.json beside NAME.png, and the chapters quote them. Beside plot_run.py, only this file imports matplotlib.
 
 Shapes: B rows, T tokens, H heads, D channels per head, L layers.
 """

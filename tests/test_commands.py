@@ -30,6 +30,8 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "train.py": TINY,
     "train.py --preset demo": "--max_steps 4 --eval_interval 2 --sample_interval 4",
     "train.py --preset small": "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512",
+    "train.py --run_name tuned": "--max_steps 4 --eval_interval 2 --val_tokens 512 --sample_interval 0 --device cpu "
+    "--hellaswag_interval 0 --batch_size 2 --total_batch_tokens 512",  # the model is its origin's
     "train.py --eval_only": "--val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4",
     "--standalone": TINY + " --run_name two-processes",  # torchrun
     "inference.py": "--max_new_tokens 8",
@@ -56,12 +58,16 @@ INSTEAD = {  # of what stands for the reader's own
     "checkpoint.py verify DIR": "checkpoint.py verify checkpoints/demo",
     "fineweb.py verify DIR": "fineweb.py verify my_corpus",
     "import FOLDER": "import hf_*",
+    "more/*.txt": "texts/*.txt",
+    "--train_tokenizer 4096": "--train_tokenizer 16384",  # as the other page's, into the same folder
     "--nproc_per_node=8": "--nproc_per_node=2",
     "--seeds 2": "--seeds 1",
     "--seeds 3": "--seeds 1",
     "lr=3e-3,1e-2,3e-2": "lr=3e-3,1e-2",
 }
 NOT_RUN = {  # what a command has in it -> why
+    "small_hf_tuned": "what transformers' Trainer has saved: test_init_from.py goes the whole road",
+    "--run_name onward": "after that",
     "pip install": "fetches packages; .ci/run does it",
     "-m pytest": "CI runs it, word for word",
     "--nnodes 2": "two hosts: test_hosts.py",

@@ -173,7 +173,12 @@ def test_chapter_5_quotes_the_comparison_that_is_kept():
         unpaired = stats.ttest_ind(*(list(rows[a]["values"].values()) for a in (arm, "base")), equal_var=False)
         reach = np.ptp(unpaired.confidence_interval()) / 2
         said += [f"±{reach:.3f} to ±{(rows[arm]['difference']['high'] - rows[arm]['difference']['low']) / 2:.3f}"]
-    assert [words for words in said if words not in flat] == []
+    folder = folder.with_name("optimizers")
+    muon = [line for line in (folder / "report.md").read_text().splitlines() if line.startswith("- muon, lr=1e-2: ")]
+    rows = {row["arm"]: row["mean"] for row in map(json.loads, (folder / "report.jsonl").read_text().splitlines())}
+    ahead = [rows[f"adamw, lr={lr}"] - rows["muon, lr=1e-2"] for lr in ("1e-2", "4e-3")]
+    said += [*muon, "by {:.2f}, and by {:.2f} of AdamW at 4e-3".format(*ahead)]
+    assert len(muon) == 1 and [words for words in said if words not in flat] == []
 
 
 # ---------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ PRESET_VALUES = {
         batch_size=16, total_batch_tokens=2048, optimizer="muon", lr=1e-2, min_lr=2.5e-4, eval_interval=100,
         val_tokens=20_480, hellaswag_interval=0, sample_interval=300, sample_prompt="The", save_interval=100,
     ),
-    # A few MB of your own text and a CPU: prepare_fineweb.py --train_tokenizer 16384 --out_dir my_corpus.
+    # A few MB of your own text and a CPU: prepare_fineweb.py --train_tokenizer 4096 --out_dir my_corpus.
     "small": dict(
         data_dir="my_corpus", block_size=256, n_layer=6, n_head=6, n_embd=192, max_steps=600, batch_size=16,
         total_batch_tokens=4096, optimizer="muon", lr=5e-3, min_lr=2.5e-4, eval_interval=100, val_tokens=65_536,

@@ -59,7 +59,6 @@ INSTEAD = {  # of what stands for the reader's own
     "fineweb.py verify DIR": "fineweb.py verify my_corpus",
     "import FOLDER": "import hf_*",
     "more/*.txt": "texts/*.txt",
-    "--train_tokenizer 4096": "--train_tokenizer 16384",  # as the other page's, into the same folder
     "--nproc_per_node=8": "--nproc_per_node=2",
     "--seeds 2": "--seeds 1",
     "--seeds 3": "--seeds 1",

@@ -268,7 +268,7 @@ def run_all(runs, jobs, cuda, lock) -> int:
     """Makes the runs that are not finished, `jobs` at a time. Returns the signal that ended it early, or 0.
 
     A run that fails keeps the last line that it said in `error`; the others go on."""
-    waiting, going = [r for r in runs if not r.finished], {}
+    waiting, going, asked = [r for r in runs if not r.finished], {}, []
     shown = sum(steps_done(r) for r in runs)
     progress = Progress(shown, sum(r.max_steps for r in runs), True)
     with runtime.StopSignals() as signals:
@@ -278,9 +278,9 @@ def run_all(runs, jobs, cuda, lock) -> int:
                 r, slot = waiting.pop(0), free.pop(0)
                 going[slot] = (r, start(r, slot, jobs, cuda, lock))
             time.sleep(0.2)
+            if signals.received and not asked:  # once: a second signal would end a run before it has saved
+                asked = [process.send_signal(signal.SIGTERM) for _, process in going.values()]
             for slot, (r, process) in list(going.items()):
-                if signals.received:
-                    process.send_signal(signal.SIGTERM)  # it saves and ends
                 if process.poll() is not None:
                     del going[slot]
                     conclude(r, process.returncode, progress)
@@ -295,7 +295,7 @@ def run_all(runs, jobs, cuda, lock) -> int:
 def conclude(r: Run, code, progress):
     if code == 0:
         write_json(r.directory / report.FINISHED, {"exit_code": 0})
-    elif code not in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # stopped by us, to go on later
+    elif code not in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM):  # stopped by us, to go on later
         log = r.directory.with_suffix(".log")
         r.error = last_line(log.read_text(encoding="utf-8", errors="replace"))
         progress.say(f"{r.arm.name}, seed {r.seed}: failed with exit code {code}: {r.error} (all of it: {log})")

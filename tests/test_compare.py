@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import report
 from compare import Arm, CompareConfig
 from report import paired
 from support.cli import UserError, run
-from toy import ROOT, as_flags
+from toy import ROOT, as_flags, eventually
 
 # The demo's final validation loss over seeds: 3.79, 3.81, 3.83 (README), of which a pair of arms shares about a half.
 SEED_NOISE, OWN_NOISE = 0.02, 0.02
@@ -355,3 +356,29 @@ def test_killed_at_random_moments_gives_the_same_table(tiny, tmp_path, tally):
 def test_a_mistake_is_one_line(capsys):
     assert run(lambda: compare.main(["--name", "a/b", "--arm", "x:", "--arm", "y:"])) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+COUNTS = """
+import signal, sys, time
+seen = []
+signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+open(sys.argv[1], "w").close()
+end = time.monotonic() + 60
+while not seen and time.monotonic() < end:
+    time.sleep(0.01)
+time.sleep(1)  # it saves
+sys.exit(143 if len(seen) == 1 else 1)
+"""
+
+
+def test_a_run_is_asked_once_to_stop_and_is_not_called_failed(tmp_path, capsys):
+    """Bugs: a signal each fifth of a second, of which the second ends a run while it saves; a stopped run in the table
+    of those that failed."""
+    ready = tmp_path / "ready"
+    one = compare.Run(Arm("a"), 1, tmp_path / "seed_1", [sys.executable, "-c", COUNTS, str(ready)], 10, 10)
+    stop = threading.Thread(target=lambda: eventually(ready.exists) and os.kill(os.getpid(), signal.SIGTERM))
+    stop.start()
+    with open(tmp_path / "lock", "a") as lock:
+        assert compare.run_all([one], 1, 0, lock) == signal.SIGTERM
+    stop.join()
+    assert one.error is None and not one.finished and "failed" not in capsys.readouterr().out

@@ -70,7 +70,6 @@ NOT_RUN = {  # what a command has in it -> why
     "pip install": "fetches packages; .ci/run does it",
     "-m pytest": "CI runs it, word for word",
     "--nnodes 2": "two hosts: test_hosts.py",
-    "trackio show": "a server without end: test_tracking.py looks at it with a browser",
     "--nanogpt DIR": "another project's files: test_benchmarks.py, with a stand-in",
     "torchrun --max-restarts": "named in passing",
     "@benchmarks/": "hours: test_benchmarks.py, with --dry_run",

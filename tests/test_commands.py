@@ -49,6 +49,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "benchmarks/bench_prepare.py": "--times 2 --cores 1",
     "benchmarks/bench_parts.py": "--tiny --data hellaswag.jsonl --repeats 1 --examples 8",
     "benchmarks/bench_generate.py": "--tiny",
+    "benchmarks/bench_train.py": "--tiny --rounds 1 --threads 1",
 }
 INSTEAD = {  # of what stands for the reader's own
     " ...": "",

@@ -43,13 +43,12 @@ class Config:
 
 def start(directory, name, flags):
     own = ["--checkpoint_dir", str(directory), "--run_name", name]
-    log = open(Path(directory) / f"{name}.log", "a")  # noqa: SIM115
-    return subprocess.Popen([sys.executable, str(TRAIN), *flags, *own], stdout=log, stderr=log)
+    with open(Path(directory) / f"{name}.log", "a") as log:
+        return subprocess.Popen([sys.executable, str(TRAIN), *flags, *own], stdout=log, stderr=log)
 
 
 def rows_of(directory, name) -> list[dict]:
-    file = Path(directory) / name / "metrics.jsonl"
-    return list(read_rows(file)) if file.exists() else []
+    return list(read_rows(Path(directory) / name / "metrics.jsonl"))
 
 
 def losses_after(rows, step) -> list[list]:
@@ -63,7 +62,8 @@ def last_step(rows) -> int:
 
 def saved_step(run_dir) -> int:
     """The step that the next start continues from."""
-    return step_of(newest(run_dir)) if run_dir.is_dir() and newest(run_dir) else 0
+    found = newest(run_dir)
+    return step_of(found) if found else 0
 
 
 def finish(process, name):

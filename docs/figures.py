@@ -154,7 +154,7 @@ def draw_decay(args):
 
 def trained(args):
     """(model, tokenizer, x, y): the checkpoint and WINDOWS windows (WINDOWS, T) spread over the validation text."""
-    model, tokenizer = load_model(find_checkpoint(args.checkpoint))
+    model, tokenizer = load_model(args.checkpoint)
     data = FineWebDataset(args.val_data_dir, model.config.block_size, "val", tokenizer.vocab_size)
     x, y = data.rows(np.linspace(0, data.n_windows - 2, WINDOWS).astype(int))
     return model, tokenizer, torch.from_numpy(x), torch.from_numpy(y)
@@ -279,7 +279,7 @@ def measure_context(model, data) -> dict:
 
 def draw_context(args):
     """Perplexity of the same text, read with ever longer contexts; and where in the longest one it goes wrong."""
-    model, tokenizer = load_model(find_checkpoint(args.checkpoint))
+    model, tokenizer = load_model(args.checkpoint)
     T = model.config.block_size
     facts = measure_context(model, FineWebDataset(args.val_data_dir, LONGEST * T, "val", tokenizer.vocab_size))
     return picture_of_context(facts), {"checkpoint": args.name} | facts

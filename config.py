@@ -26,7 +26,8 @@ PRESET_VALUES = {
     "gpt2-1558m": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, batch_size=8),
     # The same model as gpt2-124m on half the tokens. What each change gained at small scale: benchmarks/RESULTS.md.
     "fast-124m": dict(dropout=0.0, optimizer="muon", lr=2.4e-3, min_lr=2.4e-4, max_steps=76_294),
-    # From nothing, offline, in about two minutes on two cores: Python's own documentation, see prepare_fineweb.
+    # From nothing, offline, in about two minutes on two cores: Python's own documentation, see prepare_fineweb. In
+    # float32, which is faster than bfloat16 for matrices this small, and gives all machines nearly the same numbers.
     "demo": dict(
         data_dir="demo_corpus", block_size=128, n_layer=4, n_head=4, n_embd=128, dropout=0.0, max_steps=600,
         batch_size=16, total_batch_tokens=2048, optimizer="muon", lr=1e-2, min_lr=2.5e-4, eval_interval=100,

@@ -46,6 +46,7 @@ PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # lower temperatures are greedy too: in float32 some of them are 0
 MOST_NUCLEI = 1024  # most nuclei are smaller; a sort of 50,257 tokens takes 8 to 15% of a token's time on a CPU
 UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not yet
+SMALL = 16_000_000  # weights, below which float32 samples faster than bfloat16 on a CPU (benchmarks/LOG.md)
 WINDOW = 4  # tokens on which the text of the next one can depend; a character has at most 4 bytes
 
 
@@ -370,8 +371,10 @@ class InferenceConfig:
     stop: tuple[str, ...] = flag((), "end before this text; repeatable", unit="text")
     json: bool = flag(False, "one JSON object a sample; else prompt and text")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", unit="name")
-    dtype: str = flag("auto", "of products, weights stay float32; auto: what the hardware is best at", unit="name",
-                      choices=("auto", "float32", "bfloat16"))  # fmt: skip
+    dtype: str = flag(
+        "auto", "of products; auto: what the hardware is best at, and float32 for a small model on a CPU", unit="name",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
 
 
 def problems(c: InferenceConfig) -> list[str]:
@@ -501,14 +504,15 @@ def main(argv=None):
     args = parse_args(argv)
     presets, prompt = presets_of(args), read_prompt(args)
     device = pick_device(args.device)
-    # on CPUs, with AMX too, products with one vector are slower in bfloat16 (benchmarks/RESULTS.md)
-    dtype = pick_dtype("float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype, device)
+    dtype = pick_dtype(args.dtype, device)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
         with contextlib.suppress(AttributeError):  # a notebook has other streams
             stream.reconfigure(encoding="utf-8", errors="replace")
     path = find_checkpoint(args.checkpoint)
     model, tokenizer = load_model(path, device)
-    print(f"checkpoint {path.parent.name}/{path.name} on {device}", file=sys.stderr)
+    if args.dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+        dtype = "float32"  # reading so few weights takes less time than converting x for each product
+    print(f"checkpoint {path.parent.name}/{path.name} on {device} in {dtype}", file=sys.stderr)
     tune(device)
     with memory_advice("on the device; lower --num_samples or --max_new_tokens"):
         sample_faster(model, dtype)

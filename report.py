@@ -139,8 +139,9 @@ def summarize(outcomes, failed) -> list[dict]:
         if pairs:
             row["difference"] = paired([values[base][s] for s in pairs], [values[arm][s] for s in pairs])
             reached = [tokens_to_reach(by_seed[s], values[base][s], measure) for s in pairs]
-            of_base = statistics.fmean(outcomes[base][s]["tokens"][-1] for s in pairs)
-            row["token_share"] = None if None in reached else statistics.fmean(reached) / of_base
+            shares = [t / outcomes[base][s]["tokens"][-1] for t, s in zip(reached, pairs) if t is not None]
+            row["reached"] = len(shares)  # seeds with which the arm comes to the base's final loss
+            row["token_share"] = paired([0.0] * len(shares), shares) if len(shares) == len(pairs) else None
         rows.append(row)
     compared = [row for row in rows if row.get("difference", {}).get("p") is not None]
     for row, real in zip(compared, holm([row["difference"]["p"] for row in compared])):
@@ -241,7 +242,9 @@ def cells(row, budgets, in_bits) -> dict[str, str]:
     difference = share = hellaswag = ""
     if d := row.get("difference"):
         difference = f"{d['mean']:+.4f}" + ("" if d["low"] is None else f" [{d['low']:+.4f}, {d['high']:+.4f}]")
-        share = "not reached" if row["token_share"] is None else f"{row['token_share']:.2f}"
+        share = f"reached by {row['reached']} of {d['seeds']}" if row["reached"] else "not reached"
+        if t := row["token_share"]:
+            share = f"{t['mean']:.2f}" + ("" if t["low"] is None else f" [{t['low']:.2f}, {t['high']:.2f}]")
     if row["hellaswag"]:
         hellaswag = with_error(*(x and 100 * x for x in row["hellaswag"]), digits=2)
     return {

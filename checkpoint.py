@@ -227,10 +227,12 @@ def newest(run_dir, names=None) -> Path | None:
     return None
 
 
-def find_checkpoint(path=None, runs=DEFAULT_DIR) -> Path:
+def find_checkpoint(path=None, runs=DEFAULT_DIR, names=NEEDED) -> Path:
     """The checkpoint that `path` names: a checkpoint itself, RUN/best, RUN or RUN/latest (its newest), or for None the
     newest under `runs`, the directory of all runs. RUN is a run's directory, or its name under `runs`.
-    Only the files that sampling and evaluating need are verified, not the optimizer's state."""
+
+    names: the files of it that are verified; None: all. A large model takes seconds to verify, so a program does that
+    once, and then reads what was found."""
     if path is None:
         found = [p for p in Path(runs).glob("*") if steps(p)]
         if not found:
@@ -242,9 +244,9 @@ def find_checkpoint(path=None, runs=DEFAULT_DIR) -> Path:
     if path.name == "best" and not path.exists() and path.parent.is_dir():
         path = best_of(path.parent)
     if (path / MANIFEST).is_file():
-        verify(path, NEEDED)
+        verify(path, names)
         return path
-    if path.is_dir() and (found := newest(path, NEEDED)):
+    if path.is_dir() and (found := newest(path, names)):
         return found
     raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or name, or one of its step_* "
                     "checkpoints, best or latest")  # fmt: skip
@@ -340,7 +342,11 @@ def load_weights(path, model):
 
 def load_model(path=None, device="cpu"):
     """(GPT in evaluation mode, its tokenizer) of the checkpoint that `path` names, see `find_checkpoint`."""
-    path = find_checkpoint(path)
+    return read_model(find_checkpoint(path), device)
+
+
+def read_model(path, device="cpu"):
+    """As `load_model`, of a checkpoint that `find_checkpoint` has found and verified."""
     config, tokenizer = read_config(path / CONFIG), load_tokenizer(path)
     if tokenizer.vocab_size != config.valid_vocab_size:
         raise UserError(f"{path}: {TOKENIZER} has {tokenizer.vocab_size:,} ids, {CONFIG} {config.valid_vocab_size:,}")
@@ -567,8 +573,7 @@ def find_start(c) -> Path | None:
     own = newest(c.run_dir)
     if c.resume == "auto" or (own is not None and not goes_back(c, own)):
         return own
-    found = find_checkpoint(c.resume, c.checkpoint_dir)
-    verify(found)
+    found = find_checkpoint(c.resume, c.checkpoint_dir, names=None)
     if found.parent.resolve() == c.run_dir.resolve() and found not in steps(found.parent):
         raise UserError(f"{found} is not in the line of steps of its run (set aside, or a copy); continue it as a new "
                         "run: give a new --run_name")  # fmt: skip
@@ -576,11 +581,13 @@ def find_start(c) -> Path | None:
 
 
 def origin_of(c) -> Path | None:
-    """The checkpoint whose weights --init_from names; None without --init_from. Where the run has checkpoints, the
-    newest of them stands for it: the command was given again, and the origin may be gone by now."""
+    """The checkpoint whose architecture and tokenizer --init_from names; None without --init_from. Where the run has
+    checkpoints, the newest of them stands for it: the command was given again, and the origin may be gone by now.
+    The weights are not verified here, but by `Saver.start_from_origin`, which reads them."""
     if c.init_from is None:
         return None
-    return newest(c.run_dir, [CONFIG, TOKENIZER]) or find_checkpoint(c.init_from, c.checkpoint_dir)
+    small = (CONFIG, TOKENIZER)
+    return newest(c.run_dir, small) or find_checkpoint(c.init_from, c.checkpoint_dir, small)
 
 
 def goes_back(c, own) -> bool:

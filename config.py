@@ -271,7 +271,7 @@ def remembered(given: dict) -> dict:
     if "preset" in given:  # names all values anew
         return {}
     if given.get("eval_only") and "checkpoint" in given:
-        path = checkpoint.find_checkpoint(given["checkpoint"]).resolve().parent / "run.json"
+        path = checkpoint.find_checkpoint(given["checkpoint"], names=[checkpoint.CONFIG]).resolve().parent / "run.json"
     elif "run_name" in given and is_text(given["run_name"]):
         path = TrainConfig(**given).run_dir / "run.json"
     else:

@@ -145,15 +145,15 @@ def hf_config(c: GPTConfig) -> dict:
 # Export.
 
 
-def export(path, out_dir, dtype="float32") -> dict:
-    """Writes the checkpoint that `path` means (see checkpoint.find_checkpoint) as the new folder `out_dir`.
+def export(path=None, out_dir=None, dtype="float32") -> dict:
+    """Writes the checkpoint that `path` means (see checkpoint.find_checkpoint) as the new folder `out_dir`, by default
+    hf_RUN. It appears complete and verified, by one rename, or not at all. Raises UserError.
 
-    Returns what was measured, see `compare_with_transformers`. The folder appears complete and verified, by one rename,
-    or not at all. Raises UserError.
-    """
-    path, out_dir = checkpoint.find_checkpoint(path), Path(out_dir)
+    Returns what was measured, see `compare_with_transformers`, the "folder" and the model's "norm"."""
+    path = checkpoint.find_checkpoint(path)
+    out_dir = Path(out_dir or f"hf_{path.resolve().parent.name}")
     refuse_existing(out_dir)
-    model, tokenizer = checkpoint.load_model(path)
+    model, tokenizer = checkpoint.read_model(path)
     stored = rounded_to(model, dtype)
     temporary = out_dir.with_name(f"{checkpoint.LEFTOVER}{out_dir.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed export left it
@@ -169,7 +169,7 @@ def export(path, out_dir, dtype="float32") -> dict:
         raise UserError(f"{out_dir} was not written ({error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return measured
+    return {"folder": out_dir, "norm": model.config.norm, **measured}
 
 
 def refuse_existing(out_dir):
@@ -593,15 +593,13 @@ def main(argv=None):
         out_dir = args.out_dir or Path(checkpoint.DEFAULT_DIR, Path(args.folder).resolve().name)
         print(import_folder(args.folder, out_dir))
         return
-    path = checkpoint.find_checkpoint(args.checkpoint)
-    out_dir = Path(args.out_dir or f"hf_{path.resolve().parent.name}")
-    measured = export(path, out_dir, args.dtype or "float32")
-    if checkpoint.read_config(path / checkpoint.CONFIG).norm == "rmsnorm":
+    done = export(args.checkpoint, args.out_dir, args.dtype or "float32")
+    if done["norm"] == "rmsnorm":
         print(f"note: {' '.join(ARCEE_NOTE.split())}", file=sys.stderr)
-    print(f"{out_dir}: verified with transformers alone, logits differ by at most {measured['logits']:.1e}")
-    print(f"next: {lm_eval_command(out_dir)}")
+    print(f"{done['folder']}: verified with transformers alone, logits differ by at most {done['logits']:.1e}")
+    print(f"next: {lm_eval_command(done['folder'])}")
     if args.push_to_hub:
-        print(push(out_dir, args.push_to_hub))
+        print(push(done["folder"], args.push_to_hub))
 
 
 if __name__ == "__main__":

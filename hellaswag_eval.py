@@ -40,7 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoint import find_checkpoint, load_model
+from checkpoint import find_checkpoint, read_model
 from support.download import download
 from support.files import write_whole
 from support.runtime import Runtime, attention_of_any_shape, memory_advice, pick
@@ -568,7 +568,7 @@ def main(argv=None):
     rt = Runtime(*pick(args.device, args.dtype))
     path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)
-    model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else load_model(path, rt.device)
+    model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else read_model(path, rt.device)
     name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
     print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
     options = {"packed": False, "prefix": tokenizer.prefix} if args.hf_model else {}

@@ -3,7 +3,7 @@
     python inference.py                                              # the newest checkpoint, under every preset
     python inference.py --preset nucleus --prompt "The sea" --num_samples 3
 
-From Python: model, tokenizer = load_model("checkpoints/demo"); sample_text(model, tokenizer, "The").
+From Python: model, tokenizer = checkpoint.load_model("checkpoints/demo"); sample_text(model, tokenizer, "The").
 
 A sampling function takes logits (B, V) and rules tokens out; `choose` calls them in the order in which they are written
 below. Each sample has its own random stream, so it does not depend on how many are drawn beside it, and training's
@@ -28,7 +28,7 @@ from support.cli import UserError, flag, parse, range_problems, run  # isort: sp
 
 import torch
 
-from checkpoint import find_checkpoint, load_model
+from checkpoint import find_checkpoint, read_model
 from model import KVCache
 from support.runtime import (
     attention_of_any_shape,
@@ -509,7 +509,7 @@ def main(argv=None):
         with contextlib.suppress(AttributeError):  # a notebook has other streams
             stream.reconfigure(encoding="utf-8", errors="replace")
     path = find_checkpoint(args.checkpoint)
-    model, tokenizer = load_model(path, device)
+    model, tokenizer = read_model(path, device)
     if args.dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         dtype = "float32"  # reading so few weights takes less time than converting x for each product
     print(f"checkpoint {path.parent.name}/{path.name} on {device} in {dtype}", file=sys.stderr)

@@ -328,7 +328,7 @@ def plot_curves(run_dir):
 def evaluate_only(c: TrainConfig, rt) -> dict:
     """--eval_only: every number of one checkpoint, printed and returned."""
     path = rt.from_main(lambda: checkpoint.find_checkpoint(c.checkpoint or c.run_dir))
-    model, tokenizer = checkpoint.load_model(path, rt.device)
+    model, tokenizer = checkpoint.read_model(path, rt.device)
     val_data = FineWebDataset(val_directory(c), model.config.block_size, "val", tokenizer.vocab_size)
     refuse_other_tokenizer(val_data, tokenizer)
     data = Data(tokenizer, None, val_data, load_hellaswag(c, rt))

@@ -18,7 +18,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 
 import torch
 
-from checkpoint import find_checkpoint, load_model, step_of
+from checkpoint import find_checkpoint, read_model, step_of
 from inference import PRESETS, Sample, stream_text
 from support.files import write_whole
 from support.runtime import autocast, pick
@@ -74,7 +74,7 @@ def write_samples(checkpoint, output, seed=0, max_new_tokens=100, device="auto",
         raise UserError(f"--max_new_tokens is {max_new_tokens}; it must be at least 1")
     device, dtype = pick(device, dtype)
     path = find_checkpoint(checkpoint).resolve()
-    model, tokenizer = load_model(path, device)
+    model, tokenizer = read_model(path, device)
     with torch.inference_mode(), autocast(device, dtype):
         parts = [head(path, seed, max_new_tokens, device, dtype), *samples(model, tokenizer, seed, max_new_tokens)]
     write_whole(output, "\n".join(parts).encode(errors="replace"))

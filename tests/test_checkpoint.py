@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import hellaswag_eval
+import inference
+import train as train_module
 from model import GPT, GPTConfig
 from support.cli import UserError
-from support.files import read_json
+from support.files import read_json, sha256
+from toy import as_flags
+from train import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -151,6 +157,29 @@ def test_a_checkpoint_by_its_runs_name_and_by_best_and_latest(run_dir, tmp_path,
         checkpoint.find_checkpoint("mine/best")
     with pytest.raises(UserError, match="yours: does not exist; expected a run's directory or name"):
         checkpoint.find_checkpoint("yours")
+
+
+def test_a_start_hashes_the_weights_once(toy, scenes, tmp_path, monkeypatch):
+    """Bug: gigabytes read three times before the first step or the first word, and once more by each process."""
+    train(replace(toy, max_steps=5))
+    for name in ("plain", "plain_val"):  # without a tokenizer, so that the one of --init_from is looked for too
+        shutil.copytree(f"{toy.data_dir}{name.removeprefix('plain')}", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "tokenizer")
+    hashed, weights = [], toy.run_dir / "step_00000005" / checkpoint.MODEL
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
+    run, how = str(toy.run_dir), ["--device", "cpu", "--dtype", "float32"]
+    other = as_flags(replace(toy, run_name="other", max_steps=6))
+    again = as_flags(replace(toy, run_name="again", max_steps=6, data_dir=str(tmp_path / "plain")))
+    for name, main, flags in (
+        ("init_from", train_module.main, [*again, "--init_from", run]),
+        ("resume", train_module.main, [*other, "--resume", str(weights.parent)]),
+        ("eval_only", train_module.main, [*how, "--eval_only", "--checkpoint", run, "--compile", "off"]),
+        ("inference", inference.main, [*how, "--checkpoint", run, "--max_new_tokens", "1", "--prompt", "a"]),
+        ("hellaswag", hellaswag_eval.main, [*how, "--checkpoint", run, "--data", scenes, "--limit", "1"]),
+    ):  # fmt: skip
+        hashed.clear()
+        assert not main(flags), name
+        assert hashed.count(weights) == 1, name
 
 
 def test_a_config_that_is_older_than_a_field_of_it_is_read(run_dir):

@@ -10,7 +10,8 @@ import pytest
 
 import inference
 import train as train_module
-from inference import PRESETS, Sampling, load_model, sample_text
+from checkpoint import load_model
+from inference import PRESETS, Sampling, sample_text
 from toy import ROOT
 
 TRAIN = """
@@ -28,7 +29,8 @@ if __name__ == "__main__":
 """
 USE = """
 import torch
-from inference import load_model, sample_text
+from checkpoint import load_model
+from inference import sample_text
 
 model, tokenizer = load_model("checkpoints/demo")  # a run, RUN/best or one checkpoint; without it the newest run
 [text] = sample_text(model, tokenizer, "The")

@@ -668,7 +668,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(server, tmp_path, capsys):
 def command_line(tmp_path, monkeypatch, model, tokenizer):
     """Runs main() on the tiny model and a local file of 11 examples, with the given flags besides."""
     monkeypatch.setattr(hs, "find_checkpoint", lambda path: tmp_path)
-    monkeypatch.setattr(hs, "load_model", lambda path, device: (model.eval(), tokenizer))
+    monkeypatch.setattr(hs, "read_model", lambda path, device: (model.eval(), tokenizer))
     data = write_lines(tmp_path / "some.jsonl", *make_examples())
     return lambda *flags: run(lambda: hs.main(["--device", "cpu", "--dtype", "float32", "--data", str(data), *flags]))
 

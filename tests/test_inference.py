@@ -430,7 +430,7 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut():
 def command(monkeypatch, capsys, model, tokenizer):
     """command(*flags) -> (exit code, stdout, stderr), with the tiny model in place of a checkpoint."""
     monkeypatch.setattr(inference, "find_checkpoint", lambda path: Path(path or "checkpoints/toy/step_00000007"))
-    monkeypatch.setattr(inference, "load_model", lambda path, device: (model, tokenizer))
+    monkeypatch.setattr(inference, "read_model", lambda path, device: (model, tokenizer))
     monkeypatch.setattr(
         inference, "sample_faster", lambda net, dtype: net
     )  # it alters the model, which other tests use too
@@ -654,7 +654,7 @@ def test_reader_that_leaves_is_a_quiet_exit():
     script = (
         "import sys; sys.path[:0] = ['.', 'tests']; import test_inference as t; from pathlib import Path\n"
         "t.inference.find_checkpoint = lambda path: Path('x')\n"
-        "t.inference.load_model = lambda path, device: (t.tiny_model(), t.bytes_only())\n"
+        "t.inference.read_model = lambda path, device: (t.tiny_model(), t.bytes_only())\n"
         "flags = ['--device', 'cpu', '--dtype', 'float32', '--prompt', 'a', '--max_new_tokens', '100000']\n"
         "sys.exit(t.run(lambda: t.inference.main(flags)))"
     )

@@ -165,7 +165,7 @@ def world(monkeypatch):
 
         monkeypatch.setattr(net, "logits", logits)
         monkeypatch.setattr(inference, "find_checkpoint", lambda path: Path("toy/step_00000007"))
-        monkeypatch.setattr(inference, "load_model", lambda path, device: (net, tokenizer))
+        monkeypatch.setattr(inference, "read_model", lambda path, device: (net, tokenizer))
         monkeypatch.setattr(inference, "sample_faster", lambda net, dtype: net)
         return net
 

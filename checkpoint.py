@@ -659,8 +659,7 @@ class VerifyConfig:
 
 
 def main(argv=None):
-    examples = ["python checkpoint.py verify checkpoints/demo"]
-    path = Path(parse(VerifyConfig, argv, "Check checkpoints against their manifests.", examples).directory)
+    path = Path(parse(VerifyConfig, argv, __doc__).directory)
     found = [path] if (path / MANIFEST).is_file() else steps(path)
     if not found:
         raise UserError(

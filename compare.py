@@ -39,7 +39,6 @@ from support.files import locked, read_json, write_json
 from support.tracking import Progress, duration, read_rows
 
 HERE = Path(__file__).parent
-EXAMPLES = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
 
 
 @dataclass(frozen=True)
@@ -342,8 +341,7 @@ def compare(c: CompareConfig, common) -> int:
 def main(argv=None) -> int:
     words = cli.words_of(sys.argv[1:] if argv is None else argv)
     split = words.index("--") if "--" in words else len(words)
-    description = "Compare changes over several seeds. Flags of all runs follow --; @FILE stands for the words in it."
-    return compare(cli.parse(CompareConfig, words[:split], description, EXAMPLES), words[split + 1 :])
+    return compare(cli.parse(CompareConfig, words[:split], __doc__), words[split + 1 :])
 
 
 if __name__ == "__main__":

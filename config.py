@@ -240,17 +240,13 @@ def batch_problems(c: TrainConfig, world) -> list[str]:
 # ---------------------------------------------------------------------------------------
 # The command line.
 
-EXAMPLES = [
-    "python train.py --preset demo                    # two minutes, offline, from nothing",
-    "python train.py --run_name demo --max_steps 900  # continue that run, with its own flags and data",
-]
 NOT_REMEMBERED = ("run_name", "checkpoint_dir", "resume", "eval_only", "checkpoint")
 
 
-def parse(argv=None) -> TrainConfig:
+def parse(argv=None, about=None) -> TrainConfig:
     """The configuration that a command line means: a preset, or what the named run remembers, changed by the flags
-    given. UserError with everything that is wrong."""
-    given = read_flags(TrainConfig, argv, "Pre-train a GPT.", EXAMPLES)
+    given. UserError with everything that is wrong. argv, about: see `cli.read_flags`."""
+    given = read_flags(TrainConfig, argv, about)
     config = TrainConfig(**(remembered(given) or origins_shape(given)) | given)
     refuse(problems(config))
     return config

@@ -522,8 +522,7 @@ class VerifyConfig:
 
 
 def main(argv=None):
-    examples = ["python data_processing_fineweb.py verify edu_fineweb10B"]
-    args = parse(VerifyConfig, argv, "Check token shards against their manifest.", examples)
+    args = parse(VerifyConfig, argv, __doc__)
     print(f"{args.directory}: {verify(args.directory)} shards, all as recorded in {MANIFEST}")
 
 

@@ -553,12 +553,6 @@ def push(folder, repo) -> str:
     return str(address)
 
 
-EXAMPLES = [
-    "python export_hf.py --checkpoint checkpoints/demo --out_dir hf_demo",
-    "python export_hf.py import hf_demo --out_dir checkpoints/from_hf",
-]
-
-
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
     """What is written where, or read back."""
@@ -586,9 +580,7 @@ def problems(c: ExportConfig) -> list[str]:
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    description = "Write a checkpoint as a Hugging Face folder, verified; or read one back."
-    args = parse(ExportConfig, argv, description, EXAMPLES, problems)
+    args = parse(ExportConfig, argv, __doc__, problems)
     if args.command == "import":
         out_dir = args.out_dir or Path(checkpoint.DEFAULT_DIR, Path(args.folder).resolve().name)
         print(import_folder(args.folder, out_dir))

@@ -521,12 +521,6 @@ def report(result: dict) -> str:
     return "\n".join(lines)
 
 
-EXAMPLES = [
-    "python hellaswag_eval.py --checkpoint checkpoints/demo --data hellaswag_val.jsonl",
-    "python hellaswag_eval.py --hf_model gpt2 --dtype float32  # beside published figures",
-]
-
-
 @dataclass(frozen=True)
 class HellaSwagConfig:
     """Which model is scored on which examples, and how."""
@@ -561,10 +555,7 @@ def problems(c: HellaSwagConfig) -> list[str]:
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    args = parse(
-        HellaSwagConfig, argv, "Score a checkpoint on HellaSwag; the table goes to stdout.", EXAMPLES, problems
-    )
+    args = parse(HellaSwagConfig, argv, __doc__, problems)
     rt = Runtime(*pick(args.device, args.dtype))
     path = None if args.hf_model else find_checkpoint(args.checkpoint)
     examples = load_examples(args.data, args.limit)

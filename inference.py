@@ -330,12 +330,6 @@ def sample_text(
 # Command line.
 
 
-EXAMPLES = [
-    "python inference.py                                    # the newest checkpoint, every preset",
-    'python inference.py --preset nucleus --prompt "The sea" --num_samples 3',
-]
-
-
 def unset(name):
     """The flag of a field of Sampling with None as its default. A value that is given overrides the preset's."""
     about = Sampling.__dataclass_fields__[name].metadata
@@ -391,11 +385,6 @@ def problems(c: InferenceConfig) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return found
-
-
-def parse_args(argv=None) -> InferenceConfig:
-    return parse(InferenceConfig, argv, "Continue a prompt with a trained model. Text to stdout, statistics to stderr.",
-                 EXAMPLES, problems)  # fmt: skip
 
 
 def read_text(source):
@@ -500,8 +489,8 @@ def converse(model, tokenizer, presets, args):
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    args = parse_args(argv)
+    """Text goes to stdout, what is said about it to stderr."""
+    args = parse(InferenceConfig, argv, __doc__, problems)
     presets, prompt = presets_of(args), read_prompt(args)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)

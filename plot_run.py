@@ -504,13 +504,6 @@ def newest_run() -> Path:
     return found[-1].parent
 
 
-EXAMPLES = [
-    "python plot_run.py checkpoints/demo",
-    "python plot_run.py checkpoints/one checkpoints/two --x seconds --only loss speed --output both.pdf",
-    "python plot_run.py comparisons/ideas/*/seed_* --output ideas.svg",
-]
-
-
 @dataclass(frozen=True)
 class PlotConfig:
     """Which runs are drawn, and over what."""
@@ -524,9 +517,7 @@ class PlotConfig:
 
 
 def main(argv=None):
-    """The command line; raises UserError, which `cli.run` turns into one line and exit code 2."""
-    description = "Draw the curves of one run, or of several for comparison, into one picture."
-    args = parse(PlotConfig, argv, description, EXAMPLES)
+    args = parse(PlotConfig, argv, __doc__)
     runs = args.runs or [newest_run()]
     output = args.output or find_metrics(runs[0])[1].with_name("curves.png")
     print(plot(runs, output, args.x, args.only))

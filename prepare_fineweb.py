@@ -323,8 +323,7 @@ def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
 
 
 def main(argv=None):
-    examples = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
-    c = PrepareConfig(**read_flags(PrepareConfig, argv, "Tokenize text into shards to train on.", examples))
+    c = PrepareConfig(**read_flags(PrepareConfig, argv, __doc__))
     if c.demo or c.token_shards:
         refuse(problems(c))
     if c.demo:

@@ -297,8 +297,7 @@ class ReportConfig:
 
 
 def main(argv=None):
-    description = "Writes the report of a comparison again, from those of its runs that are finished."
-    folder = cli.parse(ReportConfig, argv, description, ["python report.py comparisons/NAME"]).folder
+    folder = cli.parse(ReportConfig, argv, __doc__).folder
     found = {name: (folder / arm).glob(f"seed_*/{FINISHED}") for arm, name in plot_run.arms_in(folder).items()}
     runs = {name: dict(sorted((int(f.parent.name[5:]), f.parent) for f in files)) for name, files in found.items()}
     if not any(runs.values()):

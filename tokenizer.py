@@ -368,8 +368,7 @@ class TrainTokenizerConfig:
 
 
 def main(argv=None):
-    examples = ["python tokenizer.py train --local_files 'texts/*.txt' --vocab_size 16384 --out_dir my_tokenizer"]
-    c = parse(TrainTokenizerConfig, argv, "Train a tokenizer on your own text.", examples)
+    c = parse(TrainTokenizerConfig, argv, __doc__)
     paths = [file.path for file in find_files("local_files", c.local_files)]
 
     def texts(left=c.max_chars):

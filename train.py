@@ -413,7 +413,7 @@ def refuse_problems(c: TrainConfig, rt):
 
 
 def main(argv=None) -> int:
-    config = parse(argv)
+    config = parse(argv, __doc__)
     advice = (
         f"at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
         "or add --grad_checkpoint. Saved checkpoints are intact"

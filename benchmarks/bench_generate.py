@@ -152,8 +152,7 @@ class Config:
 
 
 def parse_args(argv) -> Config:
-    description = "Time sampling in three ways beside the device's limit; the table goes to stdout."
-    args = parse(Config, argv, description, ["python benchmarks/bench_generate.py --batches 1"])
+    args = parse(Config, argv, __doc__)
     args.new_tokens = 8 if args.tiny else args.new_tokens
     try:
         args.batches = [int(n) for n in args.batches.split(",")]

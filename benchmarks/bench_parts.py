@@ -328,8 +328,7 @@ def measure_hellaswag(work, args):
 
 
 def parse_args(argv) -> Config:
-    examples = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
-    args = parse(Config, argv, __doc__.splitlines()[0], examples)
+    args = parse(Config, argv, __doc__)
     if args.tiny:
         args.shards, args.shard_tokens, args.block_size, args.epoch_tokens = 3, 200_000, 64, 100_000
         args.batches, args.steps, args.opens, args.step_seconds = 5, 3, 2, 0.01

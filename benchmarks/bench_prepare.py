@@ -219,8 +219,7 @@ class Config:
 
 
 def parse_args(argv) -> Config:
-    examples = ["python benchmarks/bench_prepare.py --data 'corpus/train/*.parquet'"]
-    args = parse(Config, argv, "Time prepare_fineweb.py beside tokenizing alone; the table goes to stdout.", examples)
+    args = parse(Config, argv, __doc__)
     args.cores = cores() if args.cores is None else args.cores
     if not args.data and not args.tiny:
         raise UserError("--data: name the parquet files to read, for example --data 'corpus/*.parquet'")

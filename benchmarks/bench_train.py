@@ -422,11 +422,7 @@ class Config:
 
 
 def parse_args(argv) -> Config:
-    examples = [
-        "python benchmarks/bench_train.py --batch_size 4",
-        "python benchmarks/bench_train.py --tiny --only ours",
-    ]
-    args = parse(Config, argv, "Time a training step beside others'; tables go to stdout.", examples)
+    args = parse(Config, argv, __doc__)
     preset = train.PRESETS[args.preset]
     args.only = args.only.split(",")
     args.block_size = args.block_size or preset.block_size

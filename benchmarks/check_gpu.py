@@ -167,7 +167,7 @@ class CheckConfig:
 
 
 def main(argv=None) -> int:
-    args = parse(CheckConfig, argv, __doc__.splitlines()[0], ["python benchmarks/check_gpu.py facts"])
+    args = parse(CheckConfig, argv, __doc__)
     if args.what == "resume" and not args.data_dir:
         raise UserError("resume needs --data_dir")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

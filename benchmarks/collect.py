@@ -58,8 +58,7 @@ def keep_comparison(source, destination):
 
 
 def main(argv=None):
-    examples = [line.strip() for line in __doc__.splitlines() if line.startswith("    python")]
-    args = parse(Config, argv, "Keeps what a finished run or comparison showed.", examples)
+    args = parse(Config, argv, __doc__)
     if (args.run / "comparison.json").exists():
         return keep_comparison(args.run, args.destination)
     thin(args.run, args.destination, every=10)

@@ -106,7 +106,7 @@ def compared(directory) -> dict:
 
 
 def main(argv=None):
-    c = parse(Config, argv, "A killed run beside an undisturbed one.", ["python benchmarks/killed_run.py --kills 20"])
+    c = parse(Config, argv, __doc__)
     flags = shlex.split(c.flags)
     shutil.rmtree(c.directory, ignore_errors=True)
     Path(c.directory).mkdir(parents=True)

@@ -92,8 +92,7 @@ class Config:
 
 
 def main(argv=None):
-    examples = ["python benchmarks/write_samples.py --checkpoint checkpoints/demo"]
-    print(write_samples(**vars(parse(Config, argv, __doc__.splitlines()[0], examples))))
+    print(write_samples(**vars(parse(Config, argv, __doc__))))
 
 
 if __name__ == "__main__":

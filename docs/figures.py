@@ -439,12 +439,6 @@ FIGURES = {
 }
 
 
-EXAMPLES = [
-    "python docs/figures.py --checkpoint checkpoints/edu-10m --val_data_dir edu_corpus_val",
-    "python docs/figures.py --only rope schedule order        # those that need neither",
-]
-
-
 @dataclass
 class FiguresConfig:
     checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
@@ -457,7 +451,7 @@ class FiguresConfig:
 
 
 def main(argv=None):
-    args = parse(FiguresConfig, argv, __doc__.splitlines()[0], EXAMPLES)
+    args = parse(FiguresConfig, argv, __doc__)
     if args.val_data_dir is None and {"decay", "attention", "context", "loss"} & {*args.only}:
         raise UserError("--val_data_dir is missing; decay, attention, context and loss are measured on its shards")
     if {"decay", "attention", "context"} & {*args.only}:

@@ -6,7 +6,7 @@
         steps: int = flag(100, "optimizer steps", at_least=1)
 
     def main(argv=None):
-        config = parse(Config, argv, "What the program does.", ["python program.py --steps 10"])
+        config = parse(Config, argv, __doc__)
 
     if __name__ == "__main__":
         sys.exit(run(main))
@@ -19,6 +19,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import shlex
 import sys
 import typing
@@ -217,13 +218,15 @@ def add_flag(group, f, kind, several):
         group.add_argument(f"--{f.name}", required=f.default is MISSING, **how)
 
 
-def read_flags(Config, argv=None, description=None, examples=()) -> dict:
+def read_flags(Config, argv=None, about=None) -> dict:
     """The flags that the command line gives, by field name. UserError with everything that is wrong.
 
-    `argv` is sys.argv's without the program. --help ends with the examples, each a command.
+    `argv` is sys.argv's without the program. `about` is the program's docstring: --help begins with its first line and
+    ends with its commands, which are indented by four spaces.
     """
-    epilog = "\n".join(["examples:", *(f"  {command}" for command in examples)]) if examples else None
-    parser = Parser(description=description, epilog=epilog)
+    first, *others = (about or "").splitlines() or [""]
+    commands = [line[2:] for line in others if re.match(r" {4}(python|torchrun) ", line)]
+    parser = Parser(description=first, epilog="\n".join(["examples:", *commands]) if commands else None)
     group = parser
     for f, kind, several, _ in flags_of(Config):
         if f.metadata["group"]:
@@ -233,9 +236,10 @@ def read_flags(Config, argv=None, description=None, examples=()) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def parse(Config, argv=None, description=None, examples=(), check=range_problems):
-    """The configuration that a command line means. UserError with everything that `check` finds wrong with it."""
-    config = Config(**read_flags(Config, argv, description, examples))
+def parse(Config, argv=None, about=None, check=range_problems):
+    """The configuration that a command line means. UserError with everything that `check` finds wrong with it.
+    argv, about: see `read_flags`."""
+    config = Config(**read_flags(Config, argv, about))
     refuse(check(config))
     return config
 

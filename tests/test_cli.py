@@ -104,7 +104,7 @@ def test_required_flags():
 def test_help_shows_range_default_group_and_examples(capsys):
     """Bug: a page of flags in one list, without a range, a default or a command to start from."""
     with pytest.raises(SystemExit):
-        read_flags(Config, ["--help"], "What it does.", ["python it.py read a", "python it.py --lr 0.1"])
+        read_flags(Config, ["--help"], "What it does.\n\n    python it.py read a\n    python it.py --lr 0.1\n\nHow.\n")
     text = " ".join(capsys.readouterr().out.split())
     assert "What it does." in text and text.endswith("examples: python it.py read a python it.py --lr 0.1")
     assert "optimization: --lr X rate; above 0 and below 1 (default: 0.001)" in text

@@ -18,7 +18,17 @@ import pytest
 import torch
 
 import inference
-from inference import PRESETS, Sample, Sampling, TokenDecoder, choose, generate, sample_text, sample_token
+from inference import (
+    PRESETS,
+    InferenceConfig,
+    Sample,
+    Sampling,
+    TokenDecoder,
+    choose,
+    generate,
+    sample_text,
+    sample_token,
+)
 from model import GPT, GPTConfig
 from support import runtime
 from support.cli import UserError, run
@@ -596,7 +606,7 @@ def stdin():
 def test_silent_open_stdin_does_not_hang(stdin, monkeypatch, capsys):
     """What CI and job schedulers leave a process: a pipe without text that nobody closes."""
     monkeypatch.setattr(inference, "PIPE_SECONDS", 0.1)
-    args = inference.parse_args(["--device", "cpu"])
+    args = InferenceConfig(device="cpu")
     assert inference.read_prompt(args) == inference.DEFAULT_PROMPT
     assert "waiting 0.1 seconds for text from the pipe" in capsys.readouterr().err
 
@@ -613,7 +623,7 @@ def test_a_pipe_slower_than_our_start_is_the_prompt(stdin):
 
     writer = threading.Thread(target=later)
     writer.start()
-    assert inference.read_prompt(inference.parse_args(["--device", "cpu"])) == "late text"
+    assert inference.read_prompt(InferenceConfig(device="cpu")) == "late text"
     writer.join()
 
 
@@ -621,15 +631,15 @@ def test_a_pipe_slower_than_our_start_is_the_prompt(stdin):
 def test_piped_text_is_the_prompt(stdin, text, prompt):
     stdin.write(text.encode())
     stdin.close()
-    assert inference.read_prompt(inference.parse_args(["--device", "cpu"])) == (prompt or inference.DEFAULT_PROMPT)
+    assert inference.read_prompt(InferenceConfig(device="cpu")) == (prompt or inference.DEFAULT_PROMPT)
 
 
 def test_dash_reads_stdin_and_a_prompt_leaves_it_alone(stdin):
     stdin.write(b"piped\n")
     stdin.close()
-    assert inference.read_prompt(inference.parse_args(["--device", "cpu", "--prompt", ""])) == ""
-    assert inference.read_prompt(inference.parse_args(["--device", "cpu", "--prompt_file", "-"])) == "piped"
-    assert inference.read_prompt(inference.parse_args(["--device", "cpu", "--prompt_file", "-"])) == ""
+    assert inference.read_prompt(InferenceConfig(device="cpu", prompt="")) == ""
+    assert inference.read_prompt(InferenceConfig(device="cpu", prompt_file="-")) == "piped"
+    assert inference.read_prompt(InferenceConfig(device="cpu", prompt_file="-")) == ""
 
 
 def test_interactive_continues_each_line_alone_and_survives_a_long_one(command, monkeypatch):

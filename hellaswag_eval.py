@@ -158,11 +158,10 @@ def load_examples(path=None, limit: int | None = None) -> list[dict]:
 # The two conventions: text to (ids of the context, ids of an ending).
 
 
-def render_completion(examples, tokenizer, prefix=()):
+def render_completion(examples, tokenizer):
     """The `completion` convention: 4 pairs (ids of the context, ids of an ending) for each example.
 
     Returns (pairs, units). The units are the lengths (4N,) by which acc_norm divides; None: the endings' tokens.
-    No `prefix` is put before the context here.
     """
     pairs = []
     texts = [text for e in examples for text in (e["ctx"], *(f" {ending}" for ending in e["endings"]))]
@@ -172,13 +171,12 @@ def render_completion(examples, tokenizer, prefix=()):
     return pairs, None
 
 
-def render_harness(examples, tokenizer, prefix=()):
+def render_harness(examples, tokenizer):
     """The `harness` convention, by the rules of lm-evaluation-harness 0.4: (pairs, units) as `render_completion` gives.
 
-    The units are characters. `prefix`: ids that the model's tokenizer puts before any text (Llama's <s>; GPT-2 has
-    none).
+    The units are characters. A context begins with the `prefix` of the tokenizer where it has one, see `HFTokenizer`.
     """
-    pairs, texts, units = [], [], []
+    prefix, pairs, texts, units = getattr(tokenizer, "prefix", ()), [], [], []
     for e in examples:
         query = harness_text(f"{e['activity_label']}: {e['ctx_a']} {e['ctx_b'].capitalize()}")
         endings = [harness_text(ending) for ending in e["endings"]]
@@ -284,7 +282,7 @@ def pack(sequences, numbers) -> Row:
 
 
 def make_rows(sequences, block_size, packed=True) -> list[Row]:
-    """A row for each four sequences, or for each one where `packed` is False or four exceed block_size."""
+    """A row for each four sequences, or for each one where not `packed` or where four exceed block_size."""
     rows = []
     for four in groups(range(len(sequences)), 4):
         row = pack(sequences, four) if packed else None
@@ -339,7 +337,7 @@ def score_batch(model, batch, device, pieces=1) -> np.ndarray:
 
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not use again in training
-def score_sequences(model, sequences, rt, batch_tokens, progress=None, packed=True) -> np.ndarray:
+def score_sequences(model, sequences, rt, batch_tokens, progress=None) -> np.ndarray:
     """Summed log-probability (S,), nats, of the scored ids of each (ids, scored) in `sequences`.
 
     With several ranks, 0 where another rank has the sequence; the sum over the ranks is the result. In each round
@@ -347,7 +345,8 @@ def score_sequences(model, sequences, rt, batch_tokens, progress=None, packed=Tr
     of a sharded model compute together. After each batch of its own a rank calls `progress(sums, done)`, where `done`
     (S,) is True for the sequences that are scored.
     """
-    todo = list(batches(make_rows(sequences, model.config.block_size, packed), batch_tokens))
+    rows = make_rows(sequences, model.config.block_size, getattr(model, "packed", True))
+    todo = list(batches(rows, batch_tokens))
     pieces = max(-(-sum(len(row.targets) for row in batch) // LOGIT_ROWS) for batch in todo)
     sums, done = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=bool)
     was_training = model.training
@@ -370,26 +369,24 @@ def score_sequences(model, sequences, rt, batch_tokens, progress=None, packed=Tr
     return sums
 
 
-def score(
-    model, tokenizer, examples, rt=None, batch_tokens=None, progress=None, conventions=tuple(CONVENTIONS), packed=True,
-    prefix=(),
-) -> Scores:  # fmt: skip
+def score(model, tokenizer, examples, rt=None, batch_tokens=None, progress=None, conventions=CONVENTIONS) -> Scores:
     """The model's `Scores` on the examples, under the caller's autocast; log-probabilities are float32.
 
-    rt: the support.runtime.Runtime of this process; default: one process on the model's device. Every rank gives all
-    the examples and gets all the scores. `progress` is that of `score_sequences`, whose sequences are in the order
-    (convention, example, ending). What it or `rt.poll` raises ends the evaluation; the model keeps the mode it had.
+    model, tokenizer: of this repository, or `HFModel` and `HFTokenizer`. rt: the support.runtime.Runtime of this
+    process; default: one process on the model's device. Every rank gives all the examples and gets all the scores.
+    `progress` is that of `score_sequences`, whose sequences are in the order (convention, example, ending). What it or
+    `rt.poll` raises ends the evaluation; the model keeps the mode it had. conventions: names, some of CONVENTIONS.
     """
     rt = rt or Runtime(next(model.parameters()).device, "float32")
     batch_tokens = batch_tokens or (1024 if rt.device.type == "cpu" else 16_384)  # larger ones are not faster on a CPU
     block_size, shape = model.config.block_size, (len(conventions), len(examples), 4)
-    rendered = [CONVENTIONS[name](examples, tokenizer, prefix) for name in conventions]
+    rendered = [CONVENTIONS[name](examples, tokenizer) for name in conventions]
     pairs = [pair for some, _ in rendered for pair in some]
     without = next((i for i, (_, ending) in enumerate(pairs) if not ending), None)
     if without is not None:
         raise UserError(f"HellaSwag example {without // 4 % len(examples)} has an ending without tokens")
     sequences = [cut_to_context(context, ending, block_size) for context, ending in pairs]
-    sums = score_sequences(model, sequences, rt, batch_tokens, progress, packed)
+    sums = score_sequences(model, sequences, rt, batch_tokens, progress)
     if rt.world > 1:
         sums = rt.reduce(torch.from_numpy(sums).to(rt.device)).cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(sums))
@@ -409,11 +406,6 @@ def score(
     )
 
 
-def evaluate(model, tokenizer, examples, **options) -> dict:
-    """The `Scores.summary()` of `score(model, tokenizer, examples, **options)`."""
-    return score(model, tokenizer, examples, **options).summary()
-
-
 # ---------------------------------------------------------------------------------------
 # Models of others.
 
@@ -423,8 +415,9 @@ class HFModel(torch.nn.Module):
 
     Some architectures scale or cap their logits after the projection. Where the projection of the last states does not
     equal the logits of the model's own forward pass, `features` are those logits, for all tokens.
-    Each row holds one sequence (packed=False), because architectures differ in how they take positions and masks.
     """
+
+    packed = False  # each row holds one sequence, because architectures differ in how they take positions and masks
 
     def __init__(self, lm, block_size):
         super().__init__()
@@ -450,7 +443,7 @@ class HFTokenizer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.eot_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.prefix = tokenizer("")["input_ids"]  # what it puts before any text
+        self.prefix = tokenizer("")["input_ids"]  # what it puts before any text: Llama's <s>; GPT-2 has none
 
     def encode_arrays(self, texts):
         texts = [replace_surrogates(text) for text in texts]
@@ -562,12 +555,11 @@ def main(argv=None):
     model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else read_model(path, rt.device)
     name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
     print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
-    options = {"packed": False, "prefix": tokenizer.prefix} if args.hf_model else {}
     labels = np.array([example["label"] for example in examples])
     bar = Progress(0, len(examples), unit="example", plain=False)
     with closing(bar), memory_advice("on the device; lower --batch_tokens"), rt.autocast():
         progress = running_accuracy(bar, labels)
-        scores = score(model, tokenizer, examples, rt, args.batch_tokens, progress, **options)
+        scores = score(model, tokenizer, examples, rt, args.batch_tokens, progress)
     try:
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)

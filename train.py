@@ -301,7 +301,7 @@ def validate(c: TrainConfig, rt, model, data: Data) -> dict:
 def hellaswag(c: TrainConfig, rt, model, data: Data) -> dict:
     """Accuracies and their standard errors, as hellaswag_eval.Scores.summary gives them."""
     with rt.autocast():
-        return hellaswag_eval.evaluate(model, data.tokenizer, data.examples, rt=rt)
+        return hellaswag_eval.score(model, data.tokenizer, data.examples, rt).summary()
 
 
 def sample(c: TrainConfig, rt, model, data: Data) -> str:

@@ -113,7 +113,8 @@ def test_batches_give_what_a_plain_loop_gives(model, tokenizer, monkeypatch, pac
     reference = {c: [plain_score(model, tokenizer, e, c) for e in examples] for c in hs.CONVENTIONS}
     model.train()
     calls = count_calls(model, monkeypatch)
-    scores = hs.score(model, tokenizer, examples, batch_tokens=batch_tokens, packed=packed)
+    monkeypatch.setattr(model, "packed", packed, raising=False)
+    scores = hs.score(model, tokenizer, examples, batch_tokens=batch_tokens)
     if batch_tokens == 1:  # rows one by one: rows of four and, where those exceed the context, of one
         kinds = {tuple(keywords) for name, keywords in calls if name == "features"}
         assert kinds == ({(), ("mask", "positions")} if packed else {()})
@@ -259,9 +260,11 @@ def test_too_long_sequences_lose_their_beginning_and_are_counted(model, tokenize
     fits = simple_example("c" * (T - 11), endings=["e" * 9, "e", "ee", "eee"])  # T + 1 ids; the last is not read
     long_context = simple_example("c" * (T - 10), endings=["e" * 9, "e", "ee", "eee"])  # too long with harness's ": "
     long_ending = simple_example(endings=["e" * (T + 5), "e", "ee", "eee"])
-    assert hs.evaluate(model, tokenizer, [fits])["truncated"] == 0
-    assert hs.evaluate(model, tokenizer, [fits, long_context, long_ending])["truncated"] == 2
-    assert hs.evaluate(model, tokenizer, [long_context, long_ending], conventions=["completion"])["truncated"] == 1
+    assert hs.score(model, tokenizer, [fits]).summary()["truncated"] == 0
+    assert hs.score(model, tokenizer, [fits, long_context, long_ending]).summary()["truncated"] == 2
+    assert (
+        hs.score(model, tokenizer, [long_context, long_ending], conventions=["completion"]).summary()["truncated"] == 1
+    )
     scores = hs.score(model, tokenizer, [long_context, long_ending])
     assert scores.units["completion"].tolist() == [[10, 2, 3, 4], [T, 2, 3, 4]]
     cut = {**long_context, "activity_label": "", "ctx_a": "c" * (T - 10)}
@@ -292,8 +295,8 @@ def test_training_is_not_disturbed(model, tokenizer):
     """Guards the mode, the random stream and the gradients, also where the evaluation is interrupted."""
     model.train()
     before = torch.get_rng_state()
-    a = hs.evaluate(model, tokenizer, make_examples(3))
-    assert a == hs.evaluate(model, tokenizer, make_examples(3))  # no dropout
+    a = hs.score(model, tokenizer, make_examples(3)).summary()
+    assert a == hs.score(model, tokenizer, make_examples(3)).summary()  # no dropout
     assert model.training and torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
 
@@ -302,7 +305,7 @@ def test_training_is_not_disturbed(model, tokenizer):
 
     for options in ({"progress": stop}, {"rt": a_rank(0, 1, poll=stop)}):
         with pytest.raises(KeyboardInterrupt):
-            hs.evaluate(model, tokenizer, make_examples(3), **options)
+            hs.score(model, tokenizer, make_examples(3), **options)
         assert model.training
 
 
@@ -327,7 +330,7 @@ def test_a_model_without_finite_numbers_has_no_accuracy(tokenizer):
     with torch.no_grad():
         gpt.wte.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="example 0 no finite"):
-        hs.evaluate(gpt, tokenizer, make_examples(2))
+        hs.score(gpt, tokenizer, make_examples(2))
 
 
 def test_an_ending_without_tokens_is_named(model, tokenizer):
@@ -341,7 +344,7 @@ def test_an_ending_without_tokens_is_named(model, tokenizer):
 
     good, empty = simple_example(), simple_example(endings=["a", "b", "[step]", "d"])
     with pytest.raises(UserError, match="example 1 has an ending without tokens"):
-        hs.evaluate(model, Strips(), [good, empty, good])
+        hs.score(model, Strips(), [good, empty, good])
 
 
 # ---------------------------------------------------------------------------------------
@@ -380,7 +383,9 @@ def test_harness_cuts_where_the_context_alone_ends():
         (": cats", "yz"), (": cats", " ab"), (": cats", ""), (": cats", " q"),
     ]  # fmt: skip
     assert units == [3, 2, 1, 1]
-    pairs, _ = hs.render_harness([simple_example("c [step]", 0, "abcd")], Merging(), prefix=[1])
+    tokenizer = Merging()
+    tokenizer.prefix = [1]
+    pairs, _ = hs.render_harness([simple_example("c [step]", 0, "abcd")], tokenizer)
     assert pairs[0] == ([1, *map(ord, ": c")], [*map(ord, "  a")])  # spaces at the context's end go to the ending
 
 
@@ -807,7 +812,7 @@ def test_hf_model(tmp_path, tokenizer, name, plain):
     lm = tiny_lm(name, 300)
     found, its_tokenizer = hs.load_hf(save_model(tmp_path, lm, tokenizer), "cpu")
     assert found.plain == plain and found.config.block_size == 512 and list(its_tokenizer.prefix) == []
-    scores = hs.score(found, its_tokenizer, make_examples(5), packed=False)
+    scores = hs.score(found, its_tokenizer, make_examples(5))
     for convention, sums in scores.sums.items():
         expected = [plain_score(as_ours(lm), tokenizer, e, convention)[0] for e in make_examples(5)]
         np.testing.assert_allclose(sums, expected, atol=2e-4)
@@ -819,7 +824,7 @@ def test_hf_tokenizer_with_a_first_token(tmp_path, tokenizer):
     _, its_tokenizer = hs.load_hf(folder, "cpu")
     assert its_tokenizer.prefix == [256]
     for render, first in ((hs.render_harness, [256]), (hs.render_completion, [])):
-        pairs, _ = render([simple_example("\ud800c")], its_tokenizer, its_tokenizer.prefix)  # half a surrogate pair
+        pairs, _ = render([simple_example("\ud800c")], its_tokenizer)  # half a surrogate pair
         text = tokenizer.encode((": " if first else "") + "\ufffdc")
         assert pairs[0] == (first + text, tokenizer.encode(" a"))
 
@@ -830,7 +835,7 @@ def test_hf_command_line(command_line, tmp_path, capsys, tokenizer, monkeypatch)
     assert command_line("--hf_model", str(folder), "--json", str(out)) == 0
     assert "harness acc_norm" in capsys.readouterr().out
     model, its_tokenizer = hs.load_hf(folder, "cpu")
-    scores = hs.score(model, its_tokenizer, make_examples(), packed=False, prefix=[256])
+    scores = hs.score(model, its_tokenizer, make_examples())
     found = [json.loads(line)["harness"]["sums"] for line in out.read_text().splitlines()]
     np.testing.assert_allclose(found, scores.sums["harness"], atol=1e-4)
     for bad in (tmp_path / "none", tmp_path):
@@ -900,8 +905,7 @@ def test_harness_gives_the_same_for_models_of_others(tmp_path, test_data, name, 
     examples, tokenizer = real_examples(test_data, (100, 300))
     folder = save_model(tmp_path / "hf", tiny_lm(name, 50257), tokenizer, prefix)
     model, its_tokenizer = hs.load_hf(folder, "cpu")
-    options = {"packed": False, "prefix": its_tokenizer.prefix, "conventions": ["harness"]}
-    scores = hs.score(model, its_tokenizer, examples, **options)
+    scores = hs.score(model, its_tokenizer, examples, conventions=["harness"])
     ties = assert_same_as_harness(scores, *harness_scores(folder, examples, tmp_path))
     assert len(examples) > 50 and ties <= 0.01 * len(examples)
 
@@ -979,7 +983,7 @@ def test_the_printed_line_scores_the_export_as_we_score_the_checkpoint(tmp_path,
     assert done.returncode == 0, done.stderr[-3000:]
     [file] = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text())["results"]
-    ours = hs.evaluate(model.eval(), tokenizer, examples)
+    ours = hs.score(model.eval(), tokenizer, examples).summary()
     assert found["scenes"]["acc,none"] == pytest.approx(ours["harness_acc"])
     assert found["scenes"]["acc_norm,none"] == pytest.approx(ours["harness_acc_norm"])
     nats = 0

@@ -78,7 +78,7 @@ def optimizer_tensors(model, optimizer) -> dict:
     return {f"{names[p]}/{key}": t for p, state in optimizer.state.items() for key, t in state.items()}
 
 
-def save(run_dir, step, config, tensors, state, tokenizer) -> Path:
+def write_checkpoint(run_dir, step, config, tensors, state, tokenizer) -> Path:
     """Writes run_dir/step_NNNNNNNN from a `snapshot` and returns it. A checkpoint of that step is replaced when the new
     one is complete. UserError where it cannot be written, as on a full disk; then nothing of it is left."""
     run_dir = Path(run_dir)
@@ -505,7 +505,7 @@ class Saver:
             try:
                 wait_for_copies()
                 log.metrics.sync()
-                save(self.c.run_dir, step, net.model.config, tensors, state, self.tokenizer)
+                write_checkpoint(self.c.run_dir, step, net.model.config, tensors, state, self.tokenizer)
                 remove_old(self.c.run_dir, self.c.keep_last, best)
             except BaseException:
                 self.rt.signals.failed = True  # stops the training; then `wait` raises the error

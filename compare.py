@@ -128,7 +128,7 @@ def sources(folder) -> list[Path]:
     return sorted([*Path(folder).glob("*.py"), *Path(folder).glob("support/*.py")])
 
 
-def identity(arm: Arm) -> str | None:
+def version_of(arm: Arm) -> str | None:
     """What the arm's `code=` means now, to be found changed later; None for the code beside this file."""
     if arm.code is None:
         return None
@@ -173,7 +173,7 @@ def set_up(folder: Path, arms, common) -> dict:
     if facts["common"] != common:
         raise UserError(f"{folder}: its runs have the flags {shlex.join(facts['common'])!r}; give a new --name")
     for arm in arms:
-        now = {"flags": list(arm.flags), "code": arm.code, "identity": identity(arm)}
+        now = {"flags": list(arm.flags), "code": arm.code, "identity": version_of(arm)}
         if facts["arms"].setdefault(arm.name, now) != now:
             raise UserError(f"{folder}: arm {arm.name!r} is not what it was ({facts['arms'][arm.name]}); rename it")
         copy_code(arm, code_of(folder, arm))
@@ -251,7 +251,7 @@ def last_line(text) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def start(r: Run, slot, jobs, cuda, lock) -> subprocess.Popen:
+def start_run(r: Run, slot, jobs, cuda, lock) -> subprocess.Popen:
     """The run's process; what it says is added to seed_N.log."""
     r.directory.parent.mkdir(parents=True, exist_ok=True)
     share = max(1, (os.cpu_count() or 1) // jobs)
@@ -275,7 +275,7 @@ def run_all(runs, jobs, cuda, lock) -> int:
             free = sorted(set(range(jobs)) - going.keys())
             while waiting and free and not signals.received:
                 r, slot = waiting.pop(0), free.pop(0)
-                going[slot] = (r, start(r, slot, jobs, cuda, lock))
+                going[slot] = (r, start_run(r, slot, jobs, cuda, lock))
             time.sleep(0.2)
             if signals.received and not asked:  # once: a second signal would end a run before it has saved
                 asked = [process.send_signal(signal.SIGTERM) for _, process in going.values()]

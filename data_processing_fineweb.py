@@ -238,7 +238,7 @@ def open_manifest(directory, manifest):
     return shards
 
 
-def verify(directory) -> int:
+def verify_shards(directory) -> int:
     """Compares the sha256 of every shard with the manifest; returns the number of shards. UserError names a bad one."""
     directory = Path(directory)
     manifest = read_json(directory / MANIFEST)
@@ -400,7 +400,7 @@ class FineWebDataset:
 class Batch:
     """The part of one optimizer step's global batch that one rank trains on."""
 
-    start: int  # samples seen before it
+    samples_seen: int  # before it
     epoch: int  # of its first row
     x: object  # (A, B, T) int64
     y: object  # (A, B, T) int64, IGNORE where there is no target
@@ -422,9 +422,9 @@ class FineWebDataLoader:
         mine = np.arange(global_batch).reshape(-1, world, batch_size)[:, rank]
         self.mine = mine.reshape(-1)  # this rank's rows of a global batch, in micro-step order
 
-    def windows(self, start) -> np.ndarray:
-        """The windows of the global batch that follows `start` samples; it may straddle epochs."""
-        g = np.arange(start, start + self.global_batch)
+    def windows(self, samples_seen) -> np.ndarray:
+        """The windows of the global batch that follows so many samples; it may straddle epochs."""
+        g = np.arange(samples_seen, samples_seen + self.global_batch)
         epoch, index = np.divmod(g, self.dataset.n_windows)
         if not self.shuffle:
             return index
@@ -432,38 +432,38 @@ class FineWebDataLoader:
             index[epoch == e] = permutation(index[epoch == e], self.dataset.n_windows, self.seed, int(e))
         return index
 
-    def batch(self, start) -> Batch:
-        """This rank's rows of the global batch that follows `start` samples."""
-        windows = self.windows(start)
+    def batch(self, samples_seen) -> Batch:
+        """This rank's rows of the global batch that follows so many samples."""
+        windows = self.windows(samples_seen)
         x, y = self.dataset.rows(windows[self.mine])
         checksum = sum(zlib.crc32(row, int(r)) for row, r in zip(x, self.mine))
         shape = (-1, self.batch_size, self.dataset.block_size)
-        epoch = start // self.dataset.n_windows
-        return Batch(start, epoch, x.reshape(shape), y.reshape(shape), self.dataset.count_targets(windows), checksum)
+        epoch, n_targets = samples_seen // self.dataset.n_windows, self.dataset.count_targets(windows)
+        return Batch(samples_seen, epoch, x.reshape(shape), y.reshape(shape), n_targets, checksum)
 
 
 class FineWebBatchIterator:
-    """Batches from position `start` on, epoch after epoch, read ahead in a background thread.
+    """Batches from the position `samples_seen` on, epoch after epoch, read ahead in a background thread.
 
     Yields `Batch` with x and y on `device`. Reading ahead does not move the run's position, which the caller keeps. An
     error in the thread is raised here, at the batch where it happened. Use as a context manager, or call close().
     """
 
-    def __init__(self, loader, start, device="cpu", prefetch=2):
-        self.loader, self.device, self.start = loader, device, start
+    def __init__(self, loader, samples_seen, device="cpu", prefetch=2):
+        self.loader, self.device, self.samples_read = loader, device, samples_seen
         self.thread = ThreadPoolExecutor(1, "read_ahead")
         self.ahead = deque()  # the futures of the next batches
         for _ in range(prefetch):
             self.read_ahead()
 
     def read_ahead(self):
-        self.ahead.append(self.thread.submit(self.load, self.start))
-        self.start += self.loader.global_batch
+        self.ahead.append(self.thread.submit(self.load, self.samples_read))
+        self.samples_read += self.loader.global_batch
 
-    def load(self, start):
+    def load(self, samples_seen):
         import torch  # here, so that preparing data does not wait for it
 
-        batch = self.loader.batch(start)
+        batch = self.loader.batch(samples_seen)
         batch.x, batch.y = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
         if torch.device(self.device).type == "cuda":
             batch.x, batch.y = batch.x.pin_memory(), batch.y.pin_memory()
@@ -523,7 +523,7 @@ class VerifyConfig:
 
 def main(argv=None):
     args = parse(VerifyConfig, argv, __doc__)
-    print(f"{args.directory}: {verify(args.directory)} shards, all as recorded in {MANIFEST}")
+    print(f"{args.directory}: {verify_shards(args.directory)} shards, all as recorded in {MANIFEST}")
 
 
 if __name__ == "__main__":

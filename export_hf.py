@@ -422,8 +422,8 @@ def import_folder(folder, out_dir) -> Path:
     refuse_existing(out_dir)
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder; expected one with {CONFIG}, {MODEL} and {TOKENIZER}")
-    config = read_config(folder)
-    tensors = read_tensors(folder, config)
+    config = read_hf_config(folder)
+    tensors = read_hf_tensors(folder, config)
     tokenizer = load_tokenizer(folder)
     valid = tokenizer.vocab_size
     if valid > config.valid_vocab_size:
@@ -436,7 +436,7 @@ def import_folder(folder, out_dir) -> Path:
     identity = dataclasses.asdict(config) | {"tokenizer": tokenizer.fingerprint()}
     state = {"step": 0, "samples_seen": 0, "seconds": 0.0, "identity": identity, "config": {}, "scaler": None}
     tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
-    return checkpoint.save(out_dir, 0, config, tensors, state, tokenizer)
+    return checkpoint.write_checkpoint(out_dir, 0, config, tensors, state, tokenizer)
 
 
 def transformers():
@@ -448,7 +448,7 @@ def transformers():
     return library
 
 
-def read_config(folder) -> GPTConfig:
+def read_hf_config(folder) -> GPTConfig:
     """Our configuration, from a config.json of exactly our model. UserError names every value that differs."""
     path = folder / CONFIG
     try:
@@ -478,7 +478,7 @@ def read_config(folder) -> GPTConfig:
 
 
 @torch.no_grad()
-def read_tensors(folder, config) -> dict[str, torch.Tensor]:
+def read_hf_tensors(folder, config) -> dict[str, torch.Tensor]:
     """Tensors by name in float32. UserError names one that is missing, unexpected, of another shape or not finite, and
     a head that is not the embedding."""
     count = check_files(folder)

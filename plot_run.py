@@ -323,7 +323,7 @@ PANELS = {  # --only -> (draws it, the column without which it is left out)
 # The picture.
 
 
-def draw(arms, x, only=PANELS) -> Figure:
+def make_figure(arms, x, only=PANELS) -> Figure:
     """The first panel over the whole width, the others in rows below it."""
     wanted = [PANELS[name] for name in PANELS if name in only]
     panels = [panel for panel, kind, key in wanted if any(np.isfinite(r[kind][key]).any() for r in arms)]
@@ -425,10 +425,10 @@ def plot(runs, output, x="tokens", only=PANELS) -> Path:
     """
     if Path(output).suffix.lower() not in FORMATS:
         raise UserError(f"{output}: a picture's name ends in {', '.join(FORMATS)}")
-    fig = draw(find_arms(runs), x, only)
+    fig = make_figure(find_arms(runs), x, only)
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        save(fig, output)
+        write_figure(fig, output)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from error
     return Path(output)
@@ -467,10 +467,10 @@ def plot_comparison(arms, folder):
     right.xaxis.set_major_locator(MaxNLocator(5))
     tidy(left)
     tidy(right)
-    save(fig, Path(folder) / "comparison.png")
+    write_figure(fig, Path(folder) / "comparison.png")
 
 
-def draw_lengths(splits, ends, output):
+def plot_lengths(splits, ends, output):
     """A histogram of documents' lengths into the PNG `output`. `splits` has, by name, the numbers of documents by
     the lower end of their bin, in tokens and as text (JSON's keys); `ends` are the lower ends of all bins, in order."""
     used = [i for i, end in enumerate(ends) if any(counts.get(str(end)) for counts in splits.values())]
@@ -487,10 +487,10 @@ def draw_lengths(splits, ends, output):
     ax.set_ylabel("documents (%)")
     ax.legend(frameon=False)
     tidy(ax)
-    save(fig, output)
+    write_figure(fig, output)
 
 
-def save(fig, output):
+def write_figure(fig, output):
     """Writes a figure in the format that the name ends in."""
     picture = io.BytesIO()
     fig.savefig(picture, format=Path(output).suffix[1:].lower())

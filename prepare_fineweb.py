@@ -43,7 +43,7 @@ from prepared import (
 from support import demo_corpus
 from support.download import fetch_shards
 from support.files import write_json
-from support.rows import FORMATS, find_files, hub_files, identity
+from support.rows import FORMATS, find_files, hub_files, stamps
 from tokenizer import load_tokenizer, replace_surrogates, train_tokenizer
 
 OUT_DIR, DEMO_DIR = "edu_fineweb10B", "demo_corpus"
@@ -137,10 +137,10 @@ def recipe_of(c, files) -> dict:
     """What decides the bytes of the shards, in the manifest's words; a tokenizer to be trained is not known yet."""
     keys = ("shard_tokens", "max_tokens", "val_share", "min_score", "language", "split_on", "train_tokenizer")
     if c.local_files:
-        source = {name: identity(found) for name, found in files.items() if found}
+        source = {name: stamps(found) for name, found in files.items() if found}
     else:
         source = {key: getattr(c, key) for key in ("dataset", "subset", "split", "revision")}
-        source |= {"val_files": identity(files["val_files"])} if files["val_files"] else {}
+        source |= {"val_files": stamps(files["val_files"])} if files["val_files"] else {}
     recipe = {"source": source | {"text_column": c.text_column}, "arguments": {key: getattr(c, key) for key in keys}}
     return recipe if c.train_tokenizer else {"tokenizer": described(load_tokenizer(c.tokenizer, c.eot_token)), **recipe}
 
@@ -202,17 +202,17 @@ def finish(c, directories, plan, kept, picture=True) -> dict:
     keep = {entry["name"] for m in manifests.values() for entry in m["shards"]}
     remove(directories, lambda name: name.endswith(".npy") and name not in keep)
     if picture:
-        draw_lengths({s: m["lengths"] for s, m in manifests.items()}, directories["train"] / PICTURE)
+        plot_lengths({s: m["lengths"] for s, m in manifests.items()}, directories["train"] / PICTURE)
     for split, directory in directories.items():
         write_json(directory / MANIFEST, manifests[split])
     forget_pieces(directories)
     return manifests
 
 
-def draw_lengths(lengths, path):
+def plot_lengths(lengths, path):
     import plot_run  # here: only this needs matplotlib
 
-    plot_run.draw_lengths(lengths, LENGTHS, path)
+    plot_run.plot_lengths(lengths, LENGTHS, path)
 
 
 # ---------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     net.optimizer.zero_grad(set_to_none=True)
     at = Position(at.step + 1, at.samples_seen + c.global_batch, at.seconds)
     numbers = rt.read_later(torch.cat([sums, norm.to(sums).reshape(1)]))
-    return at, StartedStep(at, lr, batch.start, batch.n_targets, net.scaler.is_enabled(), numbers)
+    return at, StartedStep(at, lr, batch.samples_seen, batch.n_targets, net.scaler.is_enabled(), numbers)
 
 
 @dataclass
@@ -236,21 +236,21 @@ class StartedStep:
     numbers: Callable  # waits for the device; returns sum of losses, checksum, stops asked for, gradient norm
 
     def read(self):
-        """(row of metrics, whether any rank wants to stop). UserError where the update was not applied.
+        """(numbers for the log, whether any rank wants to stop). UserError where the update was not applied.
 
         With fp16 an infinite gradient is no error: the scaler finds the largest usable scale by trying larger ones.
         Such a step is marked as skipped."""
         total, checksum, stop, norm = self.numbers()
         loss = total / self.n_targets
-        row = {"loss": loss, "lr": self.lr, "grad_norm": norm, "checksum": int(checksum)}
+        values = {"loss": loss, "lr": self.lr, "grad_norm": norm, "checksum": int(checksum)}
         if self.scaled and math.isfinite(loss) and not math.isfinite(norm):
-            return row | {"grad_norm": None, "skipped": True}, stop > 0  # JSON has no infinity
+            return values | {"grad_norm": None, "skipped": True}, stop > 0  # JSON has no infinity
         if not (math.isfinite(loss) and math.isfinite(norm)) or norm == 0:
             raise UserError(
                 f"step {self.at.step}: loss {loss}, gradient norm {norm} at lr {self.lr:.3g}, samples {self.first} to "
                 f"{self.at.samples_seen - 1}; the update was not applied. Lower --lr, or look at that data"
             )
-        return row, stop > 0
+        return values, stop > 0
 
 
 class StepReader:
@@ -263,7 +263,7 @@ class StepReader:
         self.delay, self.unread = delay, []
 
     def read(self, started=None, delay=True):
-        """Adds a step; returns (position, row, stop) of each step that is read now. delay=False reads all of them."""
+        """Adds a step; returns (position, values, stop) of each step that is read now; all of them with delay=False."""
         self.unread += [started] if started else []
         keep = 1 if self.delay and delay else 0
         ready = self.unread[: len(self.unread) - keep]
@@ -393,13 +393,13 @@ def train(config: TrainConfig) -> dict:
                         at, started = train_step(c, rt, net, next(batches), at)
                         results = reader.read(started, delay=not (saver.due(at) or log.anything_due(at)))
                         at.seconds += time.perf_counter() - began
-                        for after, row, _ in results:
-                            log.train(row, after)
+                        for after, values, _ in results:
+                            log.train(values, after)
                         if any(stop for _, _, stop in results):
                             raise runtime.Stopped
             except runtime.Stopped:
-                for after, row, _ in reader.read(delay=False):
-                    log.train(row, after)
+                for after, values, _ in reader.read(delay=False):
+                    log.train(values, after)
                 saver.save(net, at, log)
                 signal = max(rt.gather(rt.signals.received))
             saver.wait(log)

@@ -262,7 +262,7 @@ def measure_saving(work, args):
             torch.cuda.synchronize()  # as the thread that writes does
         size = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
         content = (step, model.config, tensors, {"step": step}, NoTokenizer())
-        write, path = timed(lambda content=content: checkpoint.save(work, *content))
+        write, path = timed(lambda content=content: checkpoint.write_checkpoint(work, *content))
         probe, _ = timed(lambda path=path: checkpoint.verify(path))
         checkpoint.remove_old(work, 1)
         if step:  # the first one warms up

@@ -105,7 +105,7 @@ def hub_files(name, subset, split, revision) -> tuple[list[File], str]:
     return [File(path, sizes[path.removeprefix("hf://")]) for path in paths], commit
 
 
-def identity(files) -> dict:
+def stamps(files) -> dict:
     """By path what changes when a file's content does: size, time, and a hash of its first and last 64 KB."""
     found = {}
     for path, size in files:

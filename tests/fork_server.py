@@ -24,7 +24,7 @@ from support.cli import run
 from support.files import write_whole
 
 train.plot_curves = lambda run_dir: None  # pictures would take most of the time
-prepare_fineweb.draw_lengths = lambda lengths, path: write_whole(path, b"picture")
+prepare_fineweb.plot_lengths = lambda lengths, path: write_whole(path, b"picture")
 
 
 def child(request, reply):

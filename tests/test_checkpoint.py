@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def save(directory, step, model, optimizer, state, tokenizer):
-    return checkpoint.save(directory, step, model.config, checkpoint.snapshot(model, optimizer), state, tokenizer)
+    tensors = checkpoint.snapshot(model, optimizer)
+    return checkpoint.write_checkpoint(directory, step, model.config, tensors, state, tokenizer)
 
 
 def build(seed=0):

@@ -36,7 +36,7 @@ from data_processing_fineweb import (
     open_shard,
     permutation,
     refuse_overlap,
-    verify,
+    verify_shards,
 )
 from support import files
 from support.cli import UserError, run
@@ -235,7 +235,7 @@ def test_golden_loader(tmp_path):
         assert loader.windows(start).tolist() == windows == slow_order(143, 1337, start, 8)
     batch = loader.batch(136)
     assert batch.x[0, :, 0].tolist() == [7 * w for w in golden[136][:4]]
-    assert (batch.start, batch.epoch, batch.n_targets, batch.checksum) == (136, 0, 54, 16249028102)
+    assert (batch.samples_seen, batch.epoch, batch.n_targets, batch.checksum) == (136, 0, 54, 16249028102)
     assert loader.batch(1430000).epoch == 10000
 
 
@@ -346,7 +346,7 @@ def test_same_global_batches_for_every_world_and_accumulation(tmp_path, n_tokens
             for k in range(world):
                 batch = FineWebDataLoader(dataset, B, G, 9, shuffle, rank=k, world=world).batch(start)
                 assert batch.x.shape == batch.y.shape == (A, B, T)
-                assert (batch.start, batch.epoch, batch.n_targets) == (start, start // W, targets)
+                assert (batch.samples_seen, batch.epoch, batch.n_targets) == (start, start // W, targets)
                 sums.append(batch.checksum)
                 for m, b in itertools.product(range(A), range(B)):
                     found[m * world * B + k * B + b] = (batch.x[m, b].tolist(), batch.y[m, b].tolist())
@@ -411,7 +411,7 @@ def test_changing_the_global_batch_loses_nothing(sizes, seed):
 
 
 def plain(batch):
-    return (batch.start, batch.epoch, batch.n_targets, batch.checksum, batch.x.tolist(), batch.y.tolist())
+    return (batch.samples_seen, batch.epoch, batch.n_targets, batch.checksum, batch.x.tolist(), batch.y.tolist())
 
 
 def reading_ahead() -> bool:
@@ -462,7 +462,7 @@ def test_error_while_reading_reaches_the_consumer(tmp_path):
 
     loader.batch = batch
     stream = FineWebBatchIterator(loader, 0)
-    assert [within(30, lambda: next(stream)).start for _ in range(3)] == [0, 4, 8]
+    assert [within(30, lambda: next(stream)).samples_seen for _ in range(3)] == [0, 4, 8]
     with pytest.raises(RuntimeError) as caught:
         within(30, lambda: next(stream))
     assert caught.value is original
@@ -491,7 +491,7 @@ def test_deleted_shard_is_named_by_the_iterator(tmp_path):
     loader.shuffle = False
     (tmp_path / "shard_3.npy").unlink()
     stream = FineWebBatchIterator(loader, 0)
-    assert [within(30, lambda: next(stream)).start for _ in range(3)] == [0, 4, 8]
+    assert [within(30, lambda: next(stream)).samples_seen for _ in range(3)] == [0, 4, 8]
     with pytest.raises((OSError, UserError), match=r"shard_3\.npy"):
         within(30, lambda: next(stream))
     assert not reading_ahead()
@@ -513,7 +513,7 @@ def test_bad_token_stops_the_iterator(tmp_path):
     counting(tmp_path, [100])
     loader = FineWebDataLoader(FineWebDataset(tmp_path, 8, valid_vocab_size=50), 2, 2, shuffle=False)
     stream = FineWebBatchIterator(loader, 0)
-    assert [within(30, lambda: next(stream)).start for _ in range(3)] == [0, 2, 4]
+    assert [within(30, lambda: next(stream)).samples_seen for _ in range(3)] == [0, 2, 4]
     with pytest.raises(UserError, match=r"token 5[0-9] at offset"):
         within(30, lambda: next(stream))
 
@@ -935,7 +935,7 @@ def test_bad_manifest_is_refused_by_name(tmp_path, what):
     content, message = BAD_MANIFESTS[what]
     content = json.dumps(content) if isinstance(content, dict) else content
     (folder / "manifest.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    for opened in (lambda: FineWebDataset(folder, 4), lambda: verify(folder)):
+    for opened in (lambda: FineWebDataset(folder, 4), lambda: verify_shards(folder)):
         with pytest.raises(UserError, match=message) as caught:
             opened()
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -982,11 +982,11 @@ def test_manifest_order_is_the_order(tmp_path):
 def test_verify_finds_one_changed_token(tmp_path):
     """Bug: damage that keeps the size is not found, or the wrong shard is named."""
     written(tmp_path, range(100))
-    assert verify(tmp_path) == 3
+    assert verify_shards(tmp_path) == 3
     flip(tmp_path / "shard_000002.npy")
     FineWebDataset(tmp_path, 4)  # opening reads headers only
     with pytest.raises(UserError, match=r"shard_000002\.npy: .*sha256"):
-        verify(tmp_path)
+        verify_shards(tmp_path)
 
 
 def test_verify_command(tmp_path, capsys):
@@ -1101,7 +1101,7 @@ def test_written_shards_hold_the_ids(lengths, shard_tokens, vocab_size):
             assert (entry["name"], entry["tokens"], entry["dtype"]) == (name, len(expected), dtype)
             assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if shards:
-            assert verify(folder) == len(shards)
+            assert verify_shards(folder) == len(shards)
 
 
 def test_text_bytes_count_where_a_document_begins(tmp_path):
@@ -1192,7 +1192,7 @@ def test_failed_write_leaves_nothing_under_a_final_name(tmp_path, monkeypatch, c
     assert left == [".shard.unfinished", *(f"shard_{i:06d}.npy" for i in range(nth - 1))]
     monkeypatch.undo()
     written(tmp_path, range(100))  # and a second run mends it
-    assert verify(tmp_path) == 3
+    assert verify_shards(tmp_path) == 3
 
 
 # ---------------------------------------------------------------------------------------

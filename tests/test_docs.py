@@ -253,7 +253,7 @@ def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, cor
     optimizer = torch.optim.AdamW(model.parameters())
     tensors = checkpoint.snapshot(model, optimizer)
     model = GPT(GPTConfig(**vars(model.config) | {"block_size": 64}))
-    checkpoint.save(tmp_path / "run", 1, model.config, tensors, {"step": 1}, byte_tokenizer)
+    checkpoint.write_checkpoint(tmp_path / "run", 1, model.config, tensors, {"step": 1}, byte_tokenizer)
     out = tmp_path / "out"
     data = str(Path(corpus).with_name("data_val"))
     flags = ["--checkpoint", str(tmp_path / "run"), "--val_data_dir", data, "--out_dir", str(out)]

@@ -68,7 +68,7 @@ def fresh_process():
 
 def save(run_dir, model, tokenizer, step=7):
     tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
-    return checkpoint.save(run_dir, step, model.config, tensors, {"step": step}, tokenizer)
+    return checkpoint.write_checkpoint(run_dir, step, model.config, tensors, {"step": step}, tokenizer)
 
 
 @pytest.fixture

@@ -318,7 +318,7 @@ def test_altered_shard_manifests(toy, tally, little_memory, draw):
     try:
         (folder / data.MANIFEST).write_bytes(draw.draw(altered(json.loads(original))))
         refusal(lambda: read_everything(folder))
-        refusal(lambda: data.verify(folder))
+        refusal(lambda: data.verify_shards(folder))
         refusal(lambda: train_module.open_data(toy.config, toy.rt))
     finally:
         (folder / data.MANIFEST).write_bytes(original)

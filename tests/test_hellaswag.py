@@ -920,7 +920,7 @@ def test_harness_gives_the_same_for_an_exported_model(tmp_path, test_data, tally
     for p in model.parameters():
         p.data.normal_(1.0 if p.dim() == 1 else 0.0, 0.3)  # so that endings differ and ties are rare
     tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
-    path = checkpoint.save(tmp_path / "run", 1, model.config, tensors, {"step": 1}, tokenizer)
+    path = checkpoint.write_checkpoint(tmp_path / "run", 1, model.config, tensors, {"step": 1}, tokenizer)
     export_hf.export(path, tmp_path / "hf")
     scores = hs.score(model, tokenizer, examples, conventions=["harness"])
     ties = assert_same_as_harness(scores, *harness_scores(tmp_path / "hf", examples, tmp_path))
@@ -971,7 +971,7 @@ def test_the_printed_line_scores_the_export_as_we_score_the_checkpoint(tmp_path,
     pytest.importorskip("lm_eval")
     folder, examples, pages = local_tasks
     tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
-    path = checkpoint.save(tmp_path / "run", 1, model.config, tensors, {"step": 1}, tokenizer)
+    path = checkpoint.write_checkpoint(tmp_path / "run", 1, model.config, tensors, {"step": 1}, tokenizer)
     export_hf.main(["--checkpoint", str(path), "--out_dir", str(tmp_path / "hf")])
     line = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
     assert line.endswith(" --tasks hellaswag")

@@ -440,6 +440,6 @@ def test_checkpoints_keep_the_choice(tmp_path):
     tokenizer = TextTokenizer(other_marker(), "stories", "<|story|>")
     config = GPTConfig(8, vocab_size=320, valid_vocab_size=258, n_layer=1, n_head=1, n_embd=8, dropout=0.0)
     tensors = {checkpoint.MODEL: GPT(config).state_dict(), checkpoint.OPTIMIZER: {}}
-    checkpoint.save(tmp_path / "run", 1, config, tensors, {"step": 1}, tokenizer)
+    checkpoint.write_checkpoint(tmp_path / "run", 1, config, tensors, {"step": 1}, tokenizer)
     checkpoint.verify(tmp_path / "run" / "step_00000001")
     assert checkpoint.load_model(tmp_path / "run")[1].fingerprint() == tokenizer.fingerprint()

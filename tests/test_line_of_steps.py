@@ -358,7 +358,7 @@ class World:
         for name in self.CALLS:
             monkeypatch.setattr(os, name, self.mortal(getattr(os, name), name == "fsync"))
         monkeypatch.setattr(checkpoint, "save_file", self.mortal(checkpoint.save_file))
-        monkeypatch.setattr(checkpoint, "save", self.recorded(checkpoint.save))
+        monkeypatch.setattr(checkpoint, "write_checkpoint", self.recorded(checkpoint.write_checkpoint))
         self.calls_left = None
 
     def mortal(self, real, skip=False):

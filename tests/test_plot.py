@@ -55,7 +55,7 @@ def check_png(path):
 
 
 def figure(runs, x="tokens"):
-    return plot_run.draw(plot_run.find_arms(runs), x)
+    return plot_run.make_figure(plot_run.find_arms(runs), x)
 
 
 def panels(folder):
@@ -142,7 +142,7 @@ def test_an_arm_has_one_colour_in_every_picture(tmp_path, monkeypatch):
         == expected["a b"]
     )
     drawn = []
-    monkeypatch.setattr(plot_run, "save", lambda fig, path: drawn.append((fig, path)))
+    monkeypatch.setattr(plot_run, "write_figure", lambda fig, path: drawn.append((fig, path)))
     row = {"measure": "loss", "curve": [[0, 100], [4, 3], [4, 2.9], [4, 3.1]]}
     d = {"difference": {"mean": -0.1, "low": -0.2, "high": 0.0}}
     plot_run.plot_comparison([row | {"arm": "base"}, row | {"arm": "a b"} | d], folder)
@@ -235,8 +235,8 @@ def test_several_runs(tmp_path):
 def test_runs_are_told_apart_and_the_legend_covers_none(tmp_path, monkeypatch, x, count, name):
     """Guards a legend that lay over the curves of ten runs, and an eighth run that looked like the first."""
     runs = [make_run(tmp_path / f"{name}{i}", make_rows(10 + i)) for i in range(count)]
-    drawn, real = [], plot_run.draw
-    monkeypatch.setattr(plot_run, "draw", lambda *a: (drawn.append(real(*a)), drawn[-1])[1])
+    drawn, real = [], plot_run.make_figure
+    monkeypatch.setattr(plot_run, "make_figure", lambda *a: (drawn.append(real(*a)), drawn[-1])[1])
     plot_run.plot(runs, tmp_path / "out.png", x)
     fig = drawn[0]
     [legend] = fig.legends

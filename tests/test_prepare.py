@@ -24,11 +24,11 @@ import pytest
 
 import pieces
 import prepare_fineweb
-from data_processing_fineweb import MANIFEST, FineWebDataset, verify
+from data_processing_fineweb import MANIFEST, FineWebDataset, verify_shards
 from prepare_fineweb import PrepareConfig, prepare_demo
 from support import demo_corpus
 from support.cli import UserError, run
-from support.rows import File, identity
+from support.rows import File, stamps
 from tokenizer import load_tokenizer, train_tokenizer
 
 try:
@@ -46,7 +46,7 @@ A = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE)
 def here(tmp_path, monkeypatch, byte_tokenizer):
     """A working directory with a small tokenizer in `vocabulary`; no pictures, which take longer than all the rest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(prepare_fineweb, "plot_lengths", lambda lengths, path: None)
     Path("vocabulary").mkdir()
     byte_tokenizer.save(Path("vocabulary"))
     return tmp_path
@@ -328,7 +328,7 @@ def test_what_is_made_is_what_training_opens(here, byte_tokenizer):
     made = prepare("d", write_jsonl("a.jsonl", DOCS), val_share=0.2, shard_tokens=1000)
     for split, directory in ("train", "d"), ("val", "d_val"):
         data = FineWebDataset(directory, 32, split, byte_tokenizer.vocab_size)
-        assert verify(directory) == len(data.shards)
+        assert verify_shards(directory) == len(data.shards)
         assert data.manifest == made[split] and data.n_tokens == made[split]["tokens"]
         assert data.manifest["tokenizer"]["fingerprint"] == byte_tokenizer.fingerprint()
         assert data.manifest["tokenizer"]["eot_token"] == byte_tokenizer.eot_token
@@ -619,7 +619,7 @@ def died(byte_tokenizer, tmp_path_factory):
     """A folder with an undisturbed run and one that died, `d`: its first pieces are done, one is half-written."""
     with pytest.MonkeyPatch.context() as m:
         m.chdir(tmp_path_factory.mktemp("died"))
-        m.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
+        m.setattr(prepare_fineweb, "plot_lengths", lambda lengths, path: None)
         Path("vocabulary").mkdir()
         byte_tokenizer.save(Path("vocabulary"))
         write_parquet("a.parquet", DOCS, row_group_size=3)
@@ -813,7 +813,7 @@ def test_a_change_anywhere_in_a_source_file_is_seen(here):
             data[at] = changed
             Path("a.txt").write_bytes(data)
             os.utime("a.txt", (1, changed or 1))
-            seen.append(identity([File("a.txt", len(data))]))
+            seen.append(stamps([File("a.txt", len(data))]))
         assert seen[0] != seen[1], at
 
 

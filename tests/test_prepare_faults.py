@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_processing_fineweb import MANIFEST, verify
+from data_processing_fineweb import MANIFEST, verify_shards
 from support.files import sha256
 from test_faults import FULL, KILL, pytestmark, server  # noqa: F401 (its marks, and a fixture)
 
@@ -60,7 +60,7 @@ class Job:
                 assert expected[path] == digest, f"{path} is not whole"
         if f"/{MANIFEST}" in found:
             assert {p for p in expected if p.endswith(".npy")} <= found.keys()
-            assert verify(self.folder / name) and verify(self.folder / f"{name}_val")
+            assert verify_shards(self.folder / name) and verify_shards(self.folder / f"{name}_val")
 
     def remove(self, name):
         for suffix in "", "_val":

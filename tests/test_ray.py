@@ -60,7 +60,7 @@ def test_two_ray_workers_one_of_them_killed_make_the_bytes_of_a_local_run(
 ):
     """Bugs: pieces in the order in which they are ready; one lost, or taken twice, when its worker dies."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "draw_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(prepare_fineweb, "plot_lengths", lambda lengths, path: None)
     byte_tokenizer.save(tmp_path)
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(0, 10**6, rng.integers(10, 30_000)))) for _ in range(60)]

@@ -31,7 +31,7 @@ def run_dir(tmp_path, byte_tokenizer):
     model = spread(GPT(config))
     optimizer = torch.optim.AdamW(model.parameters())
     folder = tmp_path / "checkpoints" / "toy"
-    checkpoint.save(folder, 25, config, checkpoint.snapshot(model, optimizer), {"step": 25}, byte_tokenizer)
+    checkpoint.write_checkpoint(folder, 25, config, checkpoint.snapshot(model, optimizer), {"step": 25}, byte_tokenizer)
     at = {"tokens": 64, "seconds": 1.0, "loss": 3.0}
     rows = [{"kind": "train", "step": step, **at, "lr": 1e-3, "tokens_per_second": 9} for step in range(1, 26)]
     rows += [{"kind": "val", "step": step, **at, "perplexity": 20.1} for step in (0, 7, 25)]

@@ -549,7 +549,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run_soon(toy, monkeypatch
     def full(*args):
         raise UserError("no space")
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", full)
     with pytest.raises(UserError, match="no space"):
         train(replace(toy, save_interval=5, eval_interval=0))
     assert 5 <= len(trace(toy)) < 10

@@ -291,26 +291,15 @@ def compare_greedy(ids, model, bound):
         raise UserError(f"greedy token {first} of the export is not the checkpoint's: worse by {short.max():.3g}")
 
 
-def lm_eval_command(folder) -> str:
-    """The command by which lm-evaluation-harness scores an exported folder."""
-    model = shlex.quote(f"pretrained={folder},dtype=float32")
-    return f"lm_eval run --model hf --model_args {model} --tasks hellaswag"
-
-
 # ---------------------------------------------------------------------------------------
 # The model card.
-
-
-def measurements(run_dir, step) -> dict[str, dict]:
-    """The rows of a run's metrics at this very step, by kind; {} where there are none."""
-    return {row["kind"]: row for row in read_rows(Path(run_dir) / "metrics.jsonl") if row["step"] == step}
 
 
 def card(path, model, tokenizer, dtype, measured) -> str:
     """README.md of the export: what the model is, how it was trained and what was measured at this checkpoint."""
     c, step, run_dir = model.config, read_json(path / checkpoint.MANIFEST).get("step"), path.resolve().parent
     count = model.num_parameters() - (c.vocab_size - c.valid_vocab_size) * c.n_embd
-    rows = measurements(run_dir, step)
+    rows = {row["kind"]: row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] == step}
     sizes = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, context {c.block_size:,} tokens"
     differs = f"logits differ by at most {measured['logits']:.1e} on random ids over the whole context"
     if dtype != "float32":
@@ -336,7 +325,7 @@ def card(path, model, tokenizer, dtype, measured) -> str:
 
 
 def results(rows) -> dict:
-    """The measured numbers of the step; "not measured" stands for one that is not there."""
+    """The measured numbers of the step from its rows, by kind; "not measured" stands for one that is not there."""
 
     def shown(row, key, form, unit=""):
         value = rows.get(row, {}).get(key)
@@ -589,7 +578,8 @@ def main(argv=None):
     if done["norm"] == "rmsnorm":
         print(f"note: {' '.join(ARCEE_NOTE.split())}", file=sys.stderr)
     print(f"{done['folder']}: verified with transformers alone, logits differ by at most {done['logits']:.1e}")
-    print(f"next: {lm_eval_command(done['folder'])}")
+    model = shlex.quote(f"pretrained={done['folder']},dtype=float32")
+    print(f"next: lm_eval run --model hf --model_args {model} --tasks hellaswag")  # the harness of hellaswag_eval.py
     if args.push_to_hub:
         print(push(done["folder"], args.push_to_hub))
 

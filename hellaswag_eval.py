@@ -69,7 +69,7 @@ HF_BLOCK_SIZE = 2048  # context of a Hugging Face model that states none, as in 
 # The data.
 
 
-def problem(path) -> str | None:
+def unlike_official(path) -> str | None:
     """What is wrong with a file that should be the official one; None if it is that file."""
     body = Path(path).read_bytes()
     lines = len(body.splitlines())
@@ -82,7 +82,7 @@ def problem(path) -> str | None:
 def download_examples(path):
     """Makes `path` the official file, which is downloaded unless it is there. UserError says how to do without."""
     try:
-        download(URL, path, check=problem, at_most=MAX_BYTES, attempts=ATTEMPTS, patience=PATIENCE)
+        download(URL, path, check=unlike_official, at_most=MAX_BYTES, attempts=ATTEMPTS, patience=PATIENCE)
     except UserError as error:
         raise UserError(
             f"HellaSwag could not be fetched ({error}). Fetch {URL} by other means and put it at {path}, "

@@ -57,7 +57,7 @@ class Document(NamedTuple):
     where: str = ""
 
 
-def cut(files, role, shard_tokens, first=0) -> list[Piece]:
+def cut_into_pieces(files, role, shard_tokens, first=0) -> list[Piece]:
     """Pieces of about one shard: parts of a large parquet file, or several small files. A function of sizes alone."""
     target, found, small, size = shard_tokens * BYTES_PER_TOKEN, [], [], 0
     for path, n in files:
@@ -284,30 +284,30 @@ def tokens_left(c, pieces, facts) -> int | None:
 
 def make_missing(job, pieces, facts, executor, n):
     """Adds to `facts`, by number, those of the pieces that have none yet, until training has its tokens."""
-    todo, flying, told = [p for p in pieces if p.number not in facts], {}, time.monotonic()
+    todo, running, printed = [p for p in pieces if p.number not in facts], {}, time.monotonic()
     progress = Progress(len(facts), len(pieces), unit="piece", plain=False)
     try:
-        while todo or flying:
-            while todo and len(flying) < n and (left := tokens_left(job.config, pieces, facts)) != 0:
-                if todo[0].role == "train" and any(p.role == "val" for p in flying.values()):
+        while todo or running:
+            while todo and len(running) < n and (left := tokens_left(job.config, pieces, facts)) != 0:
+                if todo[0].role == "train" and any(p.role == "val" for p in running.values()):
                     break  # what validates must be known before
                 piece = todo.pop(0)
-                flying[executor.submit(make_piece, job._replace(piece=piece, limit=left))] = piece
-            if not flying:
+                running[executor.submit(make_piece, job._replace(piece=piece, limit=left))] = piece
+            if not running:
                 return
-            done = wait(flying, BAR_SECONDS, FIRST_COMPLETED).done
+            done = wait(running, BAR_SECONDS, FIRST_COMPLETED).done
             for future in done:
-                facts[flying[future].number] = made = future.result()
-                del flying[future]
+                facts[running[future].number] = made = future.result()
+                del running[future]
                 if not progress.live:
-                    print(f"{len(facts)} of {len(pieces)} pieces made, the last of {counted(made)}", flush=True)
+                    print(f"{len(facts)} of {len(pieces)} pieces made, the last of {summary_of(made)}", flush=True)
             so_far = f"{megabytes(job.config):,.0f} MB of shards so far"
             progress.show(len(facts), so_far)
-            if not progress.live and not done and time.monotonic() - told >= LINE_SECONDS:
+            if not progress.live and not done and time.monotonic() - printed >= LINE_SECONDS:
                 print(so_far, flush=True)
-                told = time.monotonic()
+                printed = time.monotonic()
     except LOST as error:
-        lost = "; ".join(f"{p.paths[0]}, part {p.part + 1} of {p.parts}" for p in flying.values())
+        lost = "; ".join(f"{p.paths[0]}, part {p.part + 1} of {p.parts}" for p in running.values())
         raise UserError(
             f"a process died (killed, or out of memory) while it made one of these pieces: {lost}; the same command "
             "goes on, with a lower --num_proc if memory was short"
@@ -326,7 +326,7 @@ def megabytes(c) -> float:
     return total / 1e6
 
 
-def counted(facts) -> str:
+def summary_of(facts) -> str:
     parts = [facts[split] for split in ("train", "val") if split in facts]
     documents, tokens, size = (sum(part[key] for part in parts) for key in ("documents", "tokens", "text_bytes"))
     return f"{documents:,} documents, {tokens:,} tokens, {size / 1e6:,.1f} MB of text"

@@ -28,16 +28,16 @@ from support.cli import UserError, flag, range_problems, read_flags, refuse, run
 import numpy as np
 
 from data_processing_fineweb import FORMAT_VERSION, MANIFEST, open_shard, permutation
-from pieces import LENGTHS, REASONS, Document, Split, cut, documents, make_all, part_of, split_directories
+from pieces import LENGTHS, REASONS, Document, Split, cut_into_pieces, documents, make_all, part_of, split_directories
 from prepared import (
     PICTURE,
-    alone,
     already_prepared,
-    described,
+    describe_tokenizer,
     forget_pieces,
-    plan_of,
+    only_writer,
+    read_plan,
     refuse_empty,
-    remove,
+    remove_files,
     write_plan,
 )
 from support import demo_corpus
@@ -142,28 +142,31 @@ def recipe_of(c, files) -> dict:
         source = {key: getattr(c, key) for key in ("dataset", "subset", "split", "revision")}
         source |= {"val_files": stamps(files["val_files"])} if files["val_files"] else {}
     recipe = {"source": source | {"text_column": c.text_column}, "arguments": {key: getattr(c, key) for key in keys}}
-    return recipe if c.train_tokenizer else {"tokenizer": described(load_tokenizer(c.tokenizer, c.eot_token)), **recipe}
+    if c.train_tokenizer:
+        return recipe
+    return {"tokenizer": describe_tokenizer(load_tokenizer(c.tokenizer, c.eot_token)), **recipe}
 
 
-def begin(c, directories, recipe, files) -> tuple[dict, list]:
+def plan_and_pieces(c, directories, recipe, files) -> tuple[dict, list]:
     """(plan, pieces): those of an unfinished preparation of the same recipe, or of a new one."""
-    plan = None if c.restart else plan_of(directories, recipe)
+    plan = None if c.restart else read_plan(directories, recipe)
     commit = None
     if not c.local_files:
         name, subset = (c.dataset, c.subset) if c.dataset else (DATASET, c.subset or SUBSET)
         files["local_files"], commit = hub_files(name, subset, c.split, plan.get("commit") if plan else c.revision)
-    pieces = cut(files["val_files"], "val", c.shard_tokens)
-    pieces += cut(files["local_files"], "train" if pieces else "both", c.shard_tokens, len(pieces))
+    pieces = cut_into_pieces(files["val_files"], "val", c.shard_tokens)
+    pieces += cut_into_pieces(files["local_files"], "train" if pieces else "both", c.shard_tokens, len(pieces))
     if plan is None:
-        tokenizer = train_on(pieces, c) if c.train_tokenizer else load_tokenizer(c.tokenizer, c.eot_token)
-        plan = {"tokenizer": described(tokenizer), **recipe, "commit": commit}
+        tokenizer = train_tokenizer_on(pieces, c) if c.train_tokenizer else load_tokenizer(c.tokenizer, c.eot_token)
+        plan = {"tokenizer": describe_tokenizer(tokenizer), **recipe, "commit": commit}
         write_plan(directories, plan, tokenizer)
     elif not c.pieces:
-        remove(directories, lambda name: name.rpartition("/")[2].startswith("."))  # what a killed run left half-written
+        # what a killed run left half-written
+        remove_files(directories, lambda name: name.rpartition("/")[2].startswith("."))
     return plan, pieces
 
 
-def train_on(pieces, c):
+def train_tokenizer_on(pieces, c):
     """A tokenizer trained on the beginnings of some pieces, the same whoever makes it."""
     some = [p for p in pieces if p.role != "val"][:: -(-len(pieces) // SAMPLE_PIECES)]
     print(f"training a tokenizer of {c.train_tokenizer:,} ids", flush=True)
@@ -197,10 +200,10 @@ def finish(c, directories, plan, kept, picture=True) -> dict:
     try:
         refuse_empty(c, manifests)
     except UserError:
-        remove(directories, lambda name: name.startswith("pieces/"))  # nobody wants to go on with this
+        remove_files(directories, lambda name: name.startswith("pieces/"))  # nobody wants to go on with this
         raise
     keep = {entry["name"] for m in manifests.values() for entry in m["shards"]}
-    remove(directories, lambda name: name.endswith(".npy") and name not in keep)
+    remove_files(directories, lambda name: name.endswith(".npy") and name not in keep)
     if picture:
         plot_lengths({s: m["lengths"] for s, m in manifests.items()}, directories["train"] / PICTURE)
     for split, directory in directories.items():
@@ -243,8 +246,8 @@ def prepare(c: PrepareConfig) -> dict[str, dict]:
         print("already prepared, nothing to do")
         forget_pieces(directories)  # there are some if that run was killed at the very end
         return summarize(directories, manifests)
-    with alone(directories, WAIT_SECONDS if c.pieces else LOCK_SECONDS):
-        plan, pieces = begin(c, directories, recipe, files)
+    with only_writer(directories, WAIT_SECONDS if c.pieces else LOCK_SECONDS):
+        plan, pieces = plan_and_pieces(c, directories, recipe, files)
         if not c.pieces:
             return summarize(directories, finish(c, directories, plan, make_all(c, pieces, plan)))
     make_all(c, pieces, plan)  # side by side with the other parts
@@ -296,7 +299,7 @@ def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
         texts = [texts[i] for i in permutation(np.arange(len(texts)), len(texts), 0, 0)]
         parts = {"val": texts[::VAL_EVERY], "train": [text for n, text in enumerate(texts) if n % VAL_EVERY]}
         tokenizer = train_tokenizer(parts["train"], vocab_size, "demo")
-        with alone(directories, LOCK_SECONDS):
+        with only_writer(directories, LOCK_SECONDS):
             manifests = already_prepared(directories, {"source": source})  # by another run, while this one waited
             if not manifests:
                 manifests, made = write_demo(c, directories, parts, tokenizer, source), "made"
@@ -308,7 +311,8 @@ def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
 
 def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
     """The shards of the demo corpus and their manifests. parts: texts by split."""
-    plan, facts = {"tokenizer": described(tokenizer), "source": source, "commit": platform.python_version()}, {}
+    facts = {}
+    plan = {"tokenizer": describe_tokenizer(tokenizer), "source": source, "commit": platform.python_version()}
     write_plan(directories, plan, tokenizer)
     for split, folder in directories.items():
         output = Split(folder, tokenizer, c.shard_tokens, f"fineweb_{split}")

@@ -23,7 +23,7 @@ OURS = re.compile(  # what this script writes into its two folders
 )
 
 
-def described(tokenizer) -> dict:
+def describe_tokenizer(tokenizer) -> dict:
     facts = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "eot_token")}
     return facts | {"fingerprint": tokenizer.fingerprint()}
 
@@ -65,7 +65,7 @@ def refuse_damaged(path, manifest):
         raise UserError(f"{path}: its counts of documents and tokens are damaged; delete that folder, start again")
 
 
-def plan_of(directories, recipe) -> dict | None:
+def read_plan(directories, recipe) -> dict | None:
     """The plan that an unfinished preparation of this recipe left; None if there is nothing to go on with. UserError
     if it was begun with another recipe, or its tokenizer was changed since."""
     path, kept = directories["train"] / PLAN, directories["train"] / "tokenizer"
@@ -76,14 +76,14 @@ def plan_of(directories, recipe) -> dict | None:
         refuse_other(directories["train"], "was begun otherwise", plan, recipe)
     elif any(differences({key: plan.get(key) for key in recipe}, recipe)):
         return None  # and no piece is made yet that could be lost
-    if any(differences(plan.get("tokenizer"), described(load_tokenizer(kept)))):
+    if any(differences(plan.get("tokenizer"), describe_tokenizer(load_tokenizer(kept)))):
         raise UserError(f"{kept}: changed since this preparation began; {ANEW}")
     return plan
 
 
 def write_plan(directories, plan, tokenizer):
     """Empties the folders, saves the tokenizer in both, and last the plan."""
-    remove(directories, lambda name: True)
+    remove_files(directories, lambda name: True)
     for directory in directories.values():
         (directory / "tokenizer").mkdir(parents=True, exist_ok=True)
         tokenizer.save(directory / "tokenizer")
@@ -93,7 +93,7 @@ def write_plan(directories, plan, tokenizer):
 
 
 @contextmanager
-def alone(directories, seconds=0):
+def only_writer(directories, seconds=0):
     """In it, this process alone writes there. UserError if another does, or files of others are there."""
     for directory in directories.values():
         if directory.exists() and not directory.is_dir():
@@ -123,7 +123,7 @@ def refuse_foreign(directories):
                         "another --out_dir")  # fmt: skip
 
 
-def remove(directories, which):
+def remove_files(directories, which):
     """Removes the files of ours whose names `which` accepts; manifests and facts before the shards that they count."""
     found = [(path, name) for path, name in files_in(directories).items() if OURS.fullmatch(name) and which(name)]
     for path, _ in sorted(found, key=lambda pair: (pair[1] != MANIFEST, not pair[1].startswith("pieces/"))):

@@ -93,8 +93,11 @@ class TextTokenizer:
         The text is cut within each such place, and the parts are encoded alone. UserError where the marker is still
         there."""
         marker = self.backend.id_to_token(self.eot_token)
-        parts = [marker[1:] + part + marker[:1] for part in text.split(marker)]
-        parts[0], parts[-1] = parts[0][len(marker) - 1 :], parts[-1][:-1]
+        first, *others = text.split(marker)
+        parts = [first]
+        for other in others:  # the cut is behind the marker's first character
+            parts[-1] += marker[:1]
+            parts.append(marker[1:] + other)
         ids = [i for part in parts for i in self.backend.encode(part, add_special_tokens=False).ids]
         if self.eot_token in ids:
             raise UserError(f"tokenizer {self.name!r} turns text into its end-of-text token {marker!r}; name another")

@@ -171,7 +171,7 @@ def read_table(path, wanted, part, parts):
                 yield dict(zip(columns, values))
 
 
-def opened(path):
+def open_text(path):
     """A file of UTF-8 text, decompressed, with or without a byte order mark."""
     import fsspec
     from huggingface_hub import HfFileSystem
@@ -183,7 +183,7 @@ def opened(path):
 def read_json(path, wanted, part, parts):
     """Rows of JSON lines, or of a file that is one object or one list of them. json.loads takes a text as it is,
     where the readers of tables guess that one is a date or a number."""
-    with opened(path) as file:
+    with open_text(path) as file:
         for row in json_values(file):
             if not isinstance(row, dict):
                 raise UserError(f"a JSON {type(row).__name__}, expected an object")
@@ -206,7 +206,7 @@ def json_values(file):
 
 def read_text(path, wanted, part, parts):
     """A text file: one document, or several with a marker between them, read in flat memory."""
-    with opened(path) as file:
+    with open_text(path) as file:
         rest = ""
         while wanted.split_on and (chunk := file.read(SPLIT_CHARS)):
             *whole, rest = (rest + chunk).split(wanted.split_on)

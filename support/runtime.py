@@ -241,7 +241,9 @@ class Runtime:
     def poll(self):
         """Raises Stopped on every rank if one wants to stop. All ranks call it together, between two batches."""
         asked = self.stop_asked()
-        if asked if self.world == 1 else self.sum(asked)[0]:
+        if self.world > 1:
+            asked = self.sum(asked)[0] > 0
+        if asked:
             raise Stopped
 
     def autocast(self):
@@ -286,20 +288,23 @@ class Runtime:
         a UserError is printed by rank 0 alone."""
         if self.world == 1:
             return function()
-        box, mine = [None], None
+        box, failed = [None], None
         if self.is_main:
             try:
                 box = [(function(), None)]
             except Exception as error:
-                mine = error
-                elsewhere = RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
-                for kind, other in ((Stopped, Stopped()), ((UserError, OSError), SystemExit(2))):
-                    elsewhere = other if isinstance(error, kind) else elsewhere
+                failed = error
+                if isinstance(error, Stopped):
+                    elsewhere = Stopped()
+                elif isinstance(error, (UserError, OSError)):
+                    elsewhere = SystemExit(2)
+                else:
+                    elsewhere = RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
                 box = [(None, elsewhere)]
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        result, error = box[0]
-        if error is not None:
-            raise mine or error
+        result, elsewhere = box[0]
+        if elsewhere is not None:
+            raise failed or elsewhere
         return result
 
     def gather(self, value) -> list:

@@ -736,7 +736,7 @@ def test_facts_that_cannot_be_right_are_made_again(what, unfinished, capsys):
 @pytest.mark.skipif(fcntl is None, reason="no flock")
 def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
     """Bugs: one removes what the other is writing; the processes of a run that was just killed are not waited for."""
-    with prepare_fineweb.alone(pieces.split_directories("d")):
+    with prepare_fineweb.only_writer(pieces.split_directories("d")):
         assert "another process is preparing it" in refused(capsys, *unfinished)
     fd = os.open("d", os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)

@@ -536,8 +536,15 @@ class Saver:
 
     def check_space(self, net):
         """UserError where the disk has no room for one checkpoint. To be called before the first step."""
-        need = size_of(net.model, net.optimizer)
-        self.rt.from_main(lambda: refuse_full_disk(self.c.run_dir, need))
+        run_dir, need = self.c.run_dir, size_of(net.model, net.optimizer)
+
+        def check():
+            disk = shutil.disk_usage(run_dir)
+            if disk.free < need and disk.total > 0:  # some network file systems say 0 of 0
+                raise UserError(f"{run_dir}: a checkpoint needs about {need:,} bytes and {disk.free:,} are free; make "
+                                "room or name another --checkpoint_dir")  # fmt: skip
+
+        self.rt.from_main(check)
 
 
 def best_step(run_dir, losses) -> int | None:
@@ -551,13 +558,6 @@ def size_of(model, optimizer) -> int:
     kept = [(group, len([k for k in kept_keys(optimizer, group) if k != "step"])) for group in optimizer.param_groups]
     states = sum(n * p.numel() for group, n in kept for p in group["params"])
     return 4 * (states + sum(t.numel() for t in model.state_dict().values()))
-
-
-def refuse_full_disk(run_dir, need):
-    disk = shutil.disk_usage(run_dir)
-    if disk.free < need and disk.total > 0:  # some network file systems say 0 of 0
-        raise UserError(f"{run_dir}: a checkpoint needs about {need:,} bytes and {disk.free:,} are free; make room or "
-                        "name another --checkpoint_dir")  # fmt: skip
 
 
 def find_start(c) -> Path | None:

@@ -34,10 +34,9 @@ from support.runtime import (
     attention_of_any_shape,
     autocast,
     memory_advice,
+    pick,
     pick_device,
-    pick_dtype,
     sample_faster,
-    tune,
 )
 from support.terminal import refuse_unread
 
@@ -492,8 +491,7 @@ def main(argv=None):
     """Text goes to stdout, what is said about it to stderr."""
     args = parse(InferenceConfig, argv, __doc__, problems)
     presets, prompt = presets_of(args), read_prompt(args)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+    device, dtype = pick(args.device, args.dtype)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
         with contextlib.suppress(AttributeError):  # a notebook has other streams
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -502,7 +500,6 @@ def main(argv=None):
     if args.dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         dtype = "float32"  # reading so few weights takes less time than converting x for each product
     print(f"checkpoint {path.parent.name}/{path.name} on {device} in {dtype}", file=sys.stderr)
-    tune(device)
     with memory_advice("on the device; lower --num_samples or --max_new_tokens"):
         sample_faster(model, dtype)
         with torch.inference_mode(), autocast(device, dtype):  # faster than no_grad alone

@@ -335,7 +335,7 @@ def make_figure(arms, x, only=PANELS) -> Figure:
     fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
     grid = fig.add_gridspec(len(lines), 6, height_ratios=[1.4] + [1] * (len(lines) - 1))
     places = [grid[i, 6 // n * j : 6 // n * (j + 1)] for i, n in enumerate(lines) for j in range(n)]
-    end, label = measure(arms, x)
+    end, label = axis_of(arms, x)
     for place, panel in zip(places, panels):
         ax = fig.add_subplot(place)
         panel(ax, arms, AXES[x])
@@ -373,7 +373,7 @@ def mark_epochs(axes, arms, x) -> str | None:
     return ("end of an epoch" + (f", one in {every}" if every > 1 else "")) if any(lines) else None
 
 
-def measure(arms, x) -> tuple[float, str]:
+def axis_of(arms, x) -> tuple[float, str]:
     """(end of the horizontal axis, its label); seconds are turned into minutes, hours or days where they are many."""
     columns = [r[kind][AXES[x]] for r in arms for kind in KEYS]
     end = max((np.nanmax(column) for column in columns if np.isfinite(column).any()), default=0) or 1

@@ -85,12 +85,6 @@ class Net:
     scaler: torch.amp.GradScaler  # does nothing unless dtype is float16
 
 
-def make_demo_corpus(c: TrainConfig, rt):
-    from prepare_fineweb import prepare_demo  # here: no other run needs the preparation
-
-    rt.from_main(lambda: prepare_demo(c.data_dir))
-
-
 def open_data(c: TrainConfig, rt) -> Data:
     """All that the run reads, checked against each other. UserError where something is missing or does not fit."""
     find_shards(c.data_dir, "train")  # missing data is the first thing to say
@@ -352,11 +346,14 @@ def train(config: TrainConfig) -> dict:
     Returns its summary: run_dir, step, tokens, val_loss, perplexity, and `signal` if one ended it early."""
     c, signal = config, 0
     with runtime.start(c.device, c.dtype, c.timeout, c.deterministic) as rt:
-        refuse_problems(c, rt)
+        refuse(problems(replace(c, dtype=rt.dtype), rt.world))
+        rt.refuse_disagreement(asdict(c))
         if c.eval_only:
             return evaluate_only(c, rt)
         if c.preset == "demo" and c.data_dir == PRESETS["demo"].data_dir:
-            make_demo_corpus(c, rt)
+            from prepare_fineweb import prepare_demo  # here: no other run needs the preparation
+
+            rt.from_main(lambda: prepare_demo(c.data_dir))
         data = open_data(c, rt)
         net = build(c, rt, data.tokenizer.vocab_size)
         about = describe_run(c, net, data)
@@ -404,12 +401,6 @@ def train(config: TrainConfig) -> dict:
                 signal = max(rt.gather(rt.signals.received))
             saver.wait(log)
             return log.summary(at, stopped_by=signal)
-
-
-def refuse_problems(c: TrainConfig, rt):
-    """UserError on every rank with all that is wrong with the flags, or where the ranks have different ones."""
-    refuse(problems(replace(c, dtype=rt.dtype), rt.world))
-    rt.refuse_disagreement(asdict(c))
 
 
 def main(argv=None) -> int:

@@ -477,7 +477,7 @@ def test_the_fast_form_is_that_of_the_precision(command, monkeypatch):
     CPU that multiplies bfloat16; or it overrules the flag."""
     done = []
     monkeypatch.setattr(inference, "sample_faster", lambda net, dtype: done.append(dtype))
-    monkeypatch.setattr(inference, "pick_dtype", lambda name, device: "bfloat16" if name == "auto" else name)
+    monkeypatch.setattr(runtime, "pick_dtype", lambda name, device: "bfloat16" if name == "auto" else name)
     for small, dtype in ((0, "auto"), (10**9, "auto"), (0, "float32"), (10**9, "bfloat16")):
         monkeypatch.setattr(inference, "SMALL", small)
         flags = ["--device", "cpu", "--dtype", dtype, "--preset", "greedy", "--prompt", "a", "--max_new_tokens", "2"]

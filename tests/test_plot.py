@@ -316,7 +316,7 @@ def test_big_numbers(value, text):
 def test_time_has_a_unit(tmp_path):
     for end, label, expected in ((90, "seconds", 90), (600, "minutes", 10), (7300, "hours", 2.03), (2e5, "days", 2.31)):
         r = {kind: {"seconds": np.array([0.0, end])} for kind in plot_run.KEYS}
-        found, text = plot_run.measure([r], "seconds")
+        found, text = plot_run.axis_of([r], "seconds")
         assert found == pytest.approx(expected, abs=0.01) and text == f"training time ({label})"
         assert r["train"]["seconds"][1] == found
 

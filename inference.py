@@ -59,10 +59,6 @@ class Sampling:
     min_p: float = flag(0.0, "least probability, as a fraction of the best token's; 0 is off", at_least=0, below=1)
     repetition_penalty: float = flag(1.0, "above 1, seen tokens are less likely; 1 is off", above=0)
 
-    def problems(self) -> list[str]:
-        """Every value that is out of range, a line each."""
-        return range_problems(self)
-
     def __str__(self):
         on = {k: v for k, v in asdict(self).items() if k == "temperature" or v != getattr(Sampling, k)}
         return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in on.items())
@@ -170,8 +166,8 @@ def generate(model, tokens, sampling, max_new_tokens, num_samples=1, seed=0, sto
     Raises ValueError for a prompt that is too long, or empty without stop_token, or a bad `sampling`.
     """
     tokens = list(tokens) or [stop_token]
-    if sampling.problems() or tokens == [None]:
-        raise ValueError("; ".join(sampling.problems()) or "no token to start from")
+    if range_problems(sampling) or tokens == [None]:
+        raise ValueError("; ".join(range_problems(sampling)) or "no token to start from")
     config, device, was_training = model.config, model.wte.weight.device, model.training
     streams = [random_stream(seed, i) for i in range(num_samples)]
     seen = torch.zeros(num_samples, config.valid_vocab_size, dtype=torch.bool, device=device)

@@ -334,7 +334,7 @@ class GPT(nn.Module):
         return LinearCrossEntropy.apply(x.flatten(0, 1), self.wte.weight, targets.flatten(), valid, train)
 
     def num_parameters(self):
-        """All of them; the embedding counts once, as it is stored once."""
+        """The number of parameters; the embedding counts once, as it is stored once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):

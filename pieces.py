@@ -244,7 +244,7 @@ def saved_tokenizer(folder, plan):
 
 @lru_cache(1)
 def digests_of(out_dir, n_val, plan) -> frozenset:
-    """Of the texts in the first `n_val` pieces."""
+    """The digests of the texts in the first `n_val` pieces, those of --val_files."""
     return frozenset(d for i in range(n_val) for d in read_json(facts_path(out_dir, i))["digests"])
 
 

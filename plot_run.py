@@ -210,7 +210,7 @@ def marked(ax, r, x, y, line=None):
 
 
 def band(ax, r, x, y):
-    """From the least to the greatest of several runs."""
+    """A band from the least to the greatest of several runs; nothing for one."""
     if len(y) > 1:
         x, low, high = thin(x.mean(0), y.min(0), y.max(0))
         ax.fill_between(x, low, high, color=r["color"], alpha=0.2, linewidth=0)
@@ -387,8 +387,8 @@ def axis_of(arms, x) -> tuple[float, str]:
 
 
 def legend(fig, arms, borders=None):
-    """Above the panels, where it covers no curve: an entry per arm, then what light, strong, a circle and a vertical
-    line mean."""
+    """A legend above the panels, where it covers no curve: an entry per arm, then what light, strong, a circle and a
+    vertical line mean."""
     seeds = [max(len(r[kind]["step"]) for kind in KEYS) for r in arms]
     entries = []
     for r, n in zip(arms, seeds):

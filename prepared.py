@@ -94,7 +94,8 @@ def write_plan(directories, plan, tokenizer):
 
 @contextmanager
 def only_writer(directories, seconds=0):
-    """In it, this process alone writes there. UserError if another does, or files of others are there."""
+    """Context in which this process alone writes to the folders. UserError if another does, or if files of others are
+    there."""
     for directory in directories.values():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: a file; name another --out_dir")
@@ -131,7 +132,7 @@ def remove_files(directories, which):
 
 
 def forget_pieces(directories):
-    """The facts are in the manifests now."""
+    """Removes the facts of the pieces, which the manifests hold now."""
     shutil.rmtree(directories["train"] / "pieces", ignore_errors=True)  # or it is a medium that nobody can write to
 
 

@@ -73,7 +73,7 @@ def smallest_shown(error, n, comparisons=1) -> float:
 
 
 def standard_error(values) -> float | None:
-    """Of the mean; None for one value."""
+    """The standard error of the mean; None for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 

@@ -106,7 +106,7 @@ def hub_files(name, subset, split, revision) -> tuple[list[File], str]:
 
 
 def stamps(files) -> dict:
-    """By path what changes when a file's content does: size, time, and a hash of its first and last 64 KB."""
+    """By path [size, time, hash of the first and last 64 KB] of each file: what changes when its content does."""
     found = {}
     for path, size in files:
         with open(path, "rb") as f:

@@ -324,13 +324,13 @@ class Runtime:
             raise UserError(f"the processes of this run disagree: {'; '.join(said)}; start all of them alike")
 
     def peak_flops(self) -> float | None:
-        """Of one device at this dtype by its data sheet; None where the table does not know."""
+        """The peak FLOP/s of one device at this dtype, by its data sheet; None where the table does not know it."""
         if self.device.type != "cuda" or self.dtype == "float32":
             return None
         return peak_flops(torch.cuda.get_device_name(self.device))
 
     def memory(self) -> int:
-        """Peak bytes: of the allocator on CUDA, resident elsewhere."""
+        """The most bytes in use so far: of the allocator on CUDA, resident elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
@@ -342,6 +342,7 @@ class Runtime:
 
 
 def peak_flops(device_name) -> float | None:
+    """That of PEAK_FLOPS for the name that CUDA gives a device."""
     for pattern, peak in PEAK_FLOPS:
         if re.search(rf"\b({pattern})\b", device_name):
             return peak

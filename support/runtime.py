@@ -52,6 +52,9 @@ SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
 left_groups = []  # see Runtime.__exit__
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# ---------------------------------------------------------------------------------------
+# Device and precision.
+
 
 def pick_device(name="auto") -> torch.device:
     """cuda, else mps, else cpu for "auto"; otherwise the named one, or UserError where it is not there."""
@@ -90,6 +93,59 @@ def pick(device, dtype) -> tuple[torch.device, str]:
     device = pick_device(device)
     tune(device)
     return device, pick_dtype(dtype, device)
+
+
+def autocast(device, dtype):
+    """Context in which matrix products run in `dtype` ("float32": as they are, see `tune`)."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+
+
+def tune(device):
+    """Faster settings of torch and of the C library. On CUDA, products of float32 tensors may use TF32, which rounds
+    their inputs to 10 bits; on a CPU, freed memory is kept."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
+
+
+def keep_freed_memory():
+    """Lets glibc reuse large freed blocks. Otherwise it returns them to the kernel, which fills each page with zeros
+    again: on a CPU a fifth of a training step with GPT-2's vocabulary. No effect with another C library."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # not glibc
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not cut off
+
+
+def be_deterministic():
+    """From here on CUDA gives the same bits for the same work: without atomic additions, and without choosing kernels
+    by measured time. To be called before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
+    import torch._inductor.config as compiler  # here: a second of imports that most programs need not pay
+
+    if hasattr(compiler, "deterministic"):
+        compiler.deterministic = True
+
+
+def peak_flops(device_name) -> float | None:
+    """That of PEAK_FLOPS for the name that CUDA gives a device."""
+    for pattern, peak in PEAK_FLOPS:
+        if re.search(rf"\b({pattern})\b", device_name):
+            return peak
+    return None
+
+
+def cuda_devices() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+# ---------------------------------------------------------------------------------------
+# Compiling.
 
 
 def lacks_to_compile(device) -> str | None:
@@ -201,9 +257,8 @@ def optimizer_step(optimizer, skip):
         optimizer.step()
 
 
-def autocast(device, dtype):
-    """Context in which matrix products run in `dtype` ("float32": as they are, see `tune`)."""
-    return nullcontext() if dtype == "float32" else torch.autocast(device.type, DTYPES[dtype])
+# ---------------------------------------------------------------------------------------
+# One process of a run.
 
 
 @dataclass(frozen=True)
@@ -341,14 +396,6 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peak_flops(device_name) -> float | None:
-    """That of PEAK_FLOPS for the name that CUDA gives a device."""
-    for pattern, peak in PEAK_FLOPS:
-        if re.search(rf"\b({pattern})\b", device_name):
-            return peak
-    return None
-
-
 def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Runtime:
     """Joins the process group if torchrun started this process: gloo on CPU, nccl on CUDA. A process that has waited
     `timeout` seconds for another gives up. deterministic: see `be_deterministic`."""
@@ -367,25 +414,22 @@ def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Run
     return Runtime(device, pick_dtype(dtype, device), rank, local, world)
 
 
-def tune(device):
-    """Faster settings of torch and of the C library. On CUDA, products of float32 tensors may use TF32, which rounds
-    their inputs to 10 bits; on a CPU, freed memory is kept."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    else:
-        keep_freed_memory()
+def store_of_attempt(timeout):
+    """A store by which the processes of one host find each other, with the number of torchrun's attempt in its keys.
+
+    torchrun restarts a failed job with the same store, in which a process may read the address of a process that is
+    dead (pytorch issue 135712). None leaves the choice to torch: with several hosts not all of them know the number of
+    the attempt; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment has this effect."""
+    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if not (one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def be_deterministic():
-    """From here on CUDA gives the same bits for the same work: without atomic additions, and without choosing kernels
-    by measured time. To be called before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
-    import torch._inductor.config as compiler  # here: a second of imports that most programs need not pay
-
-    if hasattr(compiler, "deterministic"):
-        compiler.deterministic = True
+# ---------------------------------------------------------------------------------------
+# Sampling.
 
 
 def attention_of_any_shape():
@@ -456,52 +500,8 @@ def multiply(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def store_of_attempt(timeout):
-    """A store by which the processes of one host find each other, with the number of torchrun's attempt in its keys.
-
-    torchrun restarts a failed job with the same store, in which a process may read the address of a process that is
-    dead (pytorch issue 135712). None leaves the choice to torch: with several hosts not all of them know the number of
-    the attempt; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment has this effect."""
-    one_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    if not (one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
-        return None
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-
-
-def keep_freed_memory():
-    """Lets glibc reuse large freed blocks. Otherwise it returns them to the kernel, which fills each page with zeros
-    again: on a CPU a fifth of a training step with GPT-2's vocabulary. No effect with another C library."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # not glibc
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not cut off
-
-
-def out_of_memory(error) -> bool:
-    """Whether the device has no memory left; a CPU's allocator has no exception type of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def memory_advice(advice):
-    """Turns running out of memory into a UserError that ends with the advice."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f"out of memory {advice}") from error
-
-
-def lost_peer(error) -> bool:
-    """Whether an error means that another process of the run died, hangs, or cannot be reached."""
-    words = ["gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting"]
-    words += ["wait timeout", "client socket", "Broken pipe", "Failed to recv"]  # while they look for each other
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in words)
+# ---------------------------------------------------------------------------------------
+# Stopping: signals, memory, a process that is gone.
 
 
 class Stopped(Exception):
@@ -542,6 +542,39 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def end_with_parent():
+    """For a new child process: the kernel sends it SIGTERM when its parent is gone, however that ended. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def out_of_memory(error) -> bool:
+    """Whether the device has no memory left; a CPU's allocator has no exception type of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def memory_advice(advice):
+    """Turns running out of memory into a UserError that ends with the advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory {advice}") from error
+
+
+def lost_peer(error) -> bool:
+    """Whether an error means that another process of the run died, hangs, or cannot be reached."""
+    words = ["gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting"]
+    words += ["wait timeout", "client socket", "Broken pipe", "Failed to recv"]  # while they look for each other
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in words)
+
+
+# ---------------------------------------------------------------------------------------
+# What run.json tells of the machine.
+
+
 def git_commit() -> str | None:
     """The commit of this code; None without git, without a repository, or where git does not answer in time."""
     how = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_SECONDS, cwd=Path(__file__).parent)
@@ -561,13 +594,3 @@ def versions() -> dict:
         "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
-
-
-def cuda_devices() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def end_with_parent():
-    """For a new child process: the kernel sends it SIGTERM when its parent is gone, however that ended. Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -44,7 +44,7 @@ DEFAULT_PROMPT = "The"
 PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # lower temperatures are greedy too: in float32 some of them are 0
 MOST_NUCLEI = 1024  # most nuclei are smaller; a sort of 50,257 tokens takes 8 to 15% of a token's time on a CPU
-UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not yet
+REPLACEMENT = "\ufffd"  # Unicode's replacement character: what bytes decode to that are no character, or not yet
 SMALL = 16_000_000  # weights, below which float32 samples faster than bfloat16 on a CPU (benchmarks/LOG.md)
 WINDOW = 4  # tokens on which the text of the next one can depend; a character has at most 4 bytes
 
@@ -255,7 +255,7 @@ class TokenDecoder:
     def decode(self, ids):
         """(text, how many of its characters stay the same when other bytes of a character follow)."""
         text = self.tokenizer.decode(ids)
-        return text, len(text) - text.endswith(UNFINISHED)
+        return text, len(text) - text.endswith(REPLACEMENT)
 
 
 class Sample:

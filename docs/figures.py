@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from PIL import Image
 
-from checkpoint import find_checkpoint, load_model
+from checkpoint import MANIFEST, find_checkpoint, load_model
 from data_processing_fineweb import FineWebDataLoader, FineWebDataset
 from model import GPT, GPTConfig, rope_angles, rotate
 from plot_run import CIRCLE, COLORS, GREY, marked, noisy, number, read_metrics
@@ -46,6 +46,7 @@ WINDOWS = 20  # of validation text, for each measurement
 PALETTE = 256  # colours of a picture: a third of the bytes, and hardly a difference to see
 BINS = 32  # of positions
 LONGEST = 8  # contexts are measured up to so many times the trained one
+LONGER, LONGER_WINDOWS = 4, 200  # the same for models that were trained further, and windows of that length
 
 # ---------------------------------------------------------------------------------------
 # Paper.
@@ -308,6 +309,62 @@ def picture_of_context(facts) -> Figure:
     return fig
 
 
+def name_of_reader(model, step, trained) -> str:
+    """What a line of the figure is called: the origin, or how a run went on from it."""
+    c = model.config
+    if step is None:
+        return f"as trained at {trained:,}"
+    return f"then {step:,} steps at {c.block_size:,}" + (f", base {c.rope_theta:,.0f}" if c.rope_theta != 1e4 else "")
+
+
+def measure_longer(origin, runs, tokenizer, val_data_dir) -> dict:
+    """Losses of the same targets, read by a model and by the runs that --init_from has started from it, for contexts
+    of one, two and four times the model's; and, in the longest, for every position."""
+    T = origin.config.block_size
+    data = FineWebDataset(val_data_dir, LONGER * T, "val", tokenizer.vocab_size)
+    x, y = map(torch.from_numpy, data.rows(np.linspace(0, data.n_windows - 2, LONGER_WINDOWS).astype(int)))
+    trained, rows, by_position = token_losses(origin, x, y, T), [], {}
+    for model, step in ((origin, None), *runs):
+        name = name_of_reader(model, step, T)
+        for context in (T * 2**n for n in range(LONGER.bit_length())):
+            nats = token_losses(stretched(model, context), x, y, context)
+            change = (nats - trained).mean(1)  # of each window: the text's own difficulty cancels out
+            row = {"reader": name, "context": context, "loss": round(float(nats.mean()), 4)}
+            row |= {"perplexity": round(math.exp(nats.mean()), 1), "loss_minus_trained": round(float(change.mean()), 4)}
+            rows.append(row | {"stderr": round(float(change.std(ddof=1) / math.sqrt(len(change))), 4)})
+        by_position[name] = (nats - trained).reshape(len(nats), BINS, -1).mean((0, 2)).round(4).tolist()
+    facts = {"trained_context": T, "windows": len(x), "targets": trained.size, "rows": rows}
+    return facts | {"loss_minus_trained_by_position": by_position}
+
+
+def draw_longer(args):
+    """What a little training at a longer context changes: the origin, and the runs that went on from it."""
+    origin, tokenizer = load_model(args.longer[0])
+    paths = [find_checkpoint(path) for path in args.longer[1:]]
+    runs = [(load_model(path)[0], read_json(path / MANIFEST)["step"]) for path in paths]
+    facts = measure_longer(origin, runs, tokenizer, args.val_data_dir)
+    return picture_of_longer(facts), facts
+
+
+def picture_of_longer(facts) -> Figure:
+    T = facts["trained_context"]
+    fig = canvas(4.2)
+    left, right = fig.subplots(1, 2)
+    tidy(left, "context (tokens)", "validation perplexity", "the same text, read in pieces of this length")
+    title = f"in a context of {LONGER * T:,}"
+    tidy(right, "position (tokens)", f"loss, less the first model's in pieces of {T} (nats)", title)
+    where = LONGER * T / BINS * (np.arange(BINS) + 0.5)
+    for (name, change), color in zip(facts["loss_minus_trained_by_position"].items(), COLORS):
+        some = [row for row in facts["rows"] if row["reader"] == name]
+        left.plot([r["context"] for r in some], [r["perplexity"] for r in some], color=color, label=name, **CIRCLE)
+        right.plot(where, change, color=color, linewidth=1.4)
+    powers_of_two(left, sorted({row["context"] for row in facts["rows"]}))
+    right.axhline(0, color=GREY, linewidth=1)
+    right.axvline(T, color=GREY, linewidth=1, linestyle=":")
+    fig.legend(fontsize=9, frameon=False, ncols=2, loc="outside lower center")
+    return fig
+
+
 # ---------------------------------------------------------------------------------------
 # Training.
 
@@ -435,6 +492,7 @@ FIGURES = {
     "order": draw_order,
     "loss": draw_loss,
     "context": draw_context,
+    "longer": draw_longer,
     "killed": draw_killed,
 }
 
@@ -444,6 +502,7 @@ class FiguresConfig:
     checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
     val_data_dir: str | None = flag(None, "validation shards with the checkpoint's tokenizer", unit="folder")
     metrics: Path = flag(METRICS, "metrics.jsonl of the loss; default: edu-10m's", unit="file")
+    longer: tuple[str, ...] = flag((), "a run, and runs that --init_from has started from it", unit="folder")
     killed: Path = flag(KILLED, "what benchmarks/killed_run.py wrote; default: the demo's", unit="file")
     only: tuple[str, ...] = flag(tuple(FIGURES), "figures", unit="name", choices=tuple(FIGURES))
     out_dir: Path = flag(HERE / "figures", "where they go; default: docs/figures", unit="folder")
@@ -452,8 +511,12 @@ class FiguresConfig:
 
 def main(argv=None):
     args = parse(FiguresConfig, argv, __doc__)
-    if args.val_data_dir is None and {"decay", "attention", "context", "loss"} & {*args.only}:
-        raise UserError("--val_data_dir is missing; decay, attention, context and loss are measured on its shards")
+    if args.val_data_dir is None and {"decay", "attention", "context", "longer", "loss"} & {*args.only}:
+        raise UserError(
+            "--val_data_dir is missing; decay, attention, context, longer and loss are measured on its shards"
+        )
+    if "longer" in args.only and not args.longer:
+        raise UserError("--longer is missing: a run, and runs that --init_from has started from it; or leave it out of --only")
     if {"decay", "attention", "context"} & {*args.only}:
         path = find_checkpoint(args.checkpoint).resolve()
         args.name = f"{path.parent.name}/{path.name}"

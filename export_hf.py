@@ -347,7 +347,8 @@ def training(facts) -> dict:
     """What run.json says of the training. Of the data's path only the folder's name, because a path may hold the
     name of a person."""
     config, versions = facts.get("config", {}), facts.get("versions", {})
-    names = ("preset", "max_steps", "total_batch_tokens", "lr", "min_lr", "weight_decay", "dropout", "seed")
+    names = "preset max_steps total_batch_tokens lr embed_lr vector_lr min_lr schedule".split()
+    names += ["decay_frac"] * (config.get("schedule") == "linear") + ["weight_decay", "dropout", "seed"]
     settings = ", ".join(f"{name} {config[name]}" for name in names if config.get(name) is not None)
     data = f"`{Path(config['data_dir']).name}`" if config.get("data_dir") else None
     if data and facts.get("training_tokens"):
@@ -359,7 +360,11 @@ def training(facts) -> dict:
         "dtype of products in training": facts.get("dtype"),
         "trained on": f"{versions['device_name']}, torch {versions['torch']}" if versions else None,
     }
-    return {name: value or "not recorded" for name, value in table.items()}
+    table = {name: value or "not recorded" for name, value in table.items()}
+    if origin := facts.get("origin"):
+        run = Path(origin["path"]).parent.name
+        table["started from the weights of"] = f"{run}, step {origin['step']}, sha256 {origin['sha256']}"
+    return table
 
 
 CARD = """---
@@ -368,8 +373,7 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT with rotary position embeddings, trained from scratch. It continues text; it was not taught to follow
-instructions. Stored as `{architecture}` in {dtype}: pre-norm blocks with {norm}, multi-head attention,
+A GPT with rotary position embeddings. It continues text; it was not taught to follow instructions. Stored as `{architecture}` in {dtype}: pre-norm blocks with {norm}, multi-head attention,
 an MLP four times wider with GELU (tanh), output head tied to the embedding.
 
 | | |

@@ -32,6 +32,8 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "train.py --preset small": "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512",
     "train.py --run_name tuned": "--max_steps 4 --eval_interval 2 --val_tokens 512 --sample_interval 0 --device cpu "
     "--hellaswag_interval 0 --batch_size 2 --total_batch_tokens 512",  # the model is its origin's
+    "train.py --run_name onward": "--max_steps 4 --eval_interval 2 --val_tokens 512 --sample_interval 0 --device cpu "
+    "--hellaswag_interval 0 --batch_size 2 --total_batch_tokens 512",  # likewise
     "train.py --eval_only": "--val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4",
     "--standalone": TINY + " --run_name two-processes",  # torchrun
     "inference.py": "--max_new_tokens 8",
@@ -43,6 +45,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "compare.py": "--max_steps 2 --eval_interval 2 --sample_interval 0 --val_tokens 512",  # flags of its runs
     "checkpoint.py verify": "",
     "data_processing_fineweb.py verify": "",
+    "docs/fine_tune.py": "--max_steps 2",
     # context, the last figure, takes a minute
     "docs/figures.py": "--checkpoint checkpoints/edu-10m --only rope schedule order decay attention loss",
     "benchmarks/write_samples.py": "--max_new_tokens 4",
@@ -66,8 +69,6 @@ INSTEAD = {  # of what stands for the reader's own
     "lr=3e-3,1e-2,3e-2": "lr=3e-3,1e-2",
 }
 NOT_RUN = {  # what a command has in it -> why
-    "small_hf_tuned": "what transformers' Trainer has saved: test_init_from.py goes the whole road",
-    "--run_name onward": "after that",
     "pip install": "fetches packages; .ci/run does it",
     "-m pytest": "CI runs it, word for word",
     "--nnodes 2": "two hosts: test_hosts.py",
@@ -102,7 +103,8 @@ def short(command) -> str | None:
 
 def order(command):
     """Data, models, and what needs them; otherwise as printed."""
-    return 0 if "prepare_fineweb.py" in command else 1 if "train.py" in command and "--eval_only" not in command else 2
+    late = "--eval_only" in command or "checkpoints/returned" in command
+    return 0 if "prepare_fineweb.py" in command else 1 if "train.py" in command and not late else 2
 
 
 def hub_cache(folder, data):

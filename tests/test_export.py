@@ -559,7 +559,9 @@ def test_the_card_carries_the_numbers_of_this_step(saved, tmp_path):
     lines = "".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "st'
     (saved.parent / "metrics.jsonl").write_text(lines)
     facts = {"config": {"lr": 0.0006, "data_dir": "/home/somebody/edu_fineweb10B", "optimizer": "muon"}}
+    facts["config"] |= {"embed_lr": 0.0003, "vector_lr": None, "schedule": "linear", "decay_frac": 0.3}
     facts |= {"dtype": "bfloat16", "training_tokens": 9_953_989_344}
+    facts["origin"] = {"path": "/home/somebody/runs/first/step_00000600", "sha256": "ab12", "step": 600}
     (saved.parent / "run.json").write_text(json.dumps(facts))
     export_hf.export(saved, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -572,7 +574,8 @@ def test_the_card_carries_the_numbers_of_this_step(saved, tmp_path):
         "28.11 % ± 0.45",
         "30.12 % ± 0.46",
         "10,042",
-        "lr 0.0006",
+        "lr 0.0006, embed_lr 0.0003, schedule linear, decay_frac 0.3",
+        "| started from the weights of | first, step 600, sha256 ab12 |",
     )
     expected += ("`edu_fineweb10B`, 9,953,989,344 tokens", "| optimizer | muon |", "in training | bfloat16 |")
     assert not [text for text in (*expected, "Starcoder2ForCausalLM") if text not in card]

@@ -30,10 +30,6 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "train.py": TINY,
     "train.py --preset demo": "--max_steps 4 --eval_interval 2 --sample_interval 4",
     "train.py --preset small": "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512",
-    "train.py --run_name tuned": "--max_steps 4 --eval_interval 2 --val_tokens 512 --sample_interval 0 --device cpu "
-    "--hellaswag_interval 0 --batch_size 2 --total_batch_tokens 512",  # the model is its origin's
-    "train.py --run_name onward": "--max_steps 4 --eval_interval 2 --val_tokens 512 --sample_interval 0 --device cpu "
-    "--hellaswag_interval 0 --batch_size 2 --total_batch_tokens 512",  # likewise
     "train.py --eval_only": "--val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4",
     "--standalone": TINY + " --run_name two-processes",  # torchrun
     "inference.py": "--max_new_tokens 8",

@@ -451,7 +451,7 @@ def plot_comparison(arms, folder):
         left.lines[-1].set_label(row["arm"].replace("$", r"\$"))
     frame(left)
     left.set_xlabel("training tokens")
-    left.set_ylabel(f"validation ({unit}): mean, and range of seeds")
+    left.set_ylabel(f"validation loss ({unit}): mean, and range of seeds")
     left.xaxis.set_major_formatter(FuncFormatter(number))
     left.legend(frameon=False, fontsize=9)
     compared = [row for row in arms if "difference" in row]

@@ -466,7 +466,7 @@ def draw_killed(args):
     starts = [start for start in facts["starts"] if start]
     kills = [start[-1] for start in starts[:-1]]
     for i, start in enumerate(starts):
-        label = "killed run, each start in another colour" if i == 0 else None
+        label = "killed run, its starts in two colours by turns" if i == 0 else None
         ax.plot(*zip(*start), color=(BLUE, ORANGE)[i % 2], linewidth=1.2, label=label)
     label = f"{len(facts['starts']) - 1} times SIGKILL"
     ax.plot(*zip(*kills), color="black", linestyle="none", marker="x", markersize=6, label=label)

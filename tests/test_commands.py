@@ -28,6 +28,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "tokenizer.py train": "--vocab_size 300",
     "prepare_fineweb.py$": "--local_files 'texts/*.parquet' --val_share 0.1",  # for the hub
     "train.py": TINY,
+    "train.py --run_name demo": "--max_steps 6",
     "train.py --preset demo": "--max_steps 4 --eval_interval 2 --sample_interval 4",
     "train.py --preset small": "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512",
     "train.py --eval_only": "--val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4",
@@ -52,9 +53,9 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
 }
 INSTEAD = {  # of what stands for the reader's own
     " ...": "",
-    "RUN RUN": "checkpoints/demo checkpoints/mine",
+    "RUN RUN": "checkpoints/demo checkpoints/mine-124m",
     "checkpoints/edu-10m-seed2 checkpoints/edu-10m-fast600": "checkpoints/cpu-124m",
-    "checkpoints/one checkpoints/two": "checkpoints/demo checkpoints/mine",
+    "checkpoints/one checkpoints/two": "checkpoints/demo checkpoints/mine-124m",
     "checkpoint.py verify DIR": "checkpoint.py verify checkpoints/demo",
     "fineweb.py verify DIR": "fineweb.py verify my_corpus",
     "import FOLDER": "import hf_*",
@@ -72,6 +73,7 @@ NOT_RUN = {  # what a command has in it -> why
     "torchrun --max-restarts": "named in passing",
     "@benchmarks/": "hours: test_benchmarks.py, with --dry_run",
     "gpu.sh": "test_benchmarks.py, with --short",
+    "killed_run.py": "the demo, twice: test_benchmarks.py, with a toy",
 }
 
 

@@ -347,7 +347,7 @@ def training(facts) -> dict:
     """What run.json says of the training. Of the data's path only the folder's name, because a path may hold the
     name of a person."""
     config, versions = facts.get("config", {}), facts.get("versions", {})
-    names = "preset max_steps total_batch_tokens lr embed_lr vector_lr min_lr schedule".split()
+    names = ["preset", "max_steps", "total_batch_tokens", "lr", "embed_lr", "vector_lr", "min_lr", "schedule"]
     names += ["decay_frac"] * (config.get("schedule") == "linear") + ["weight_decay", "dropout", "seed"]
     settings = ", ".join(f"{name} {config[name]}" for name in names if config.get(name) is not None)
     data = f"`{Path(config['data_dir']).name}`" if config.get("data_dir") else None
@@ -373,8 +373,9 @@ pipeline_tag: text-generation
 ---
 # {name}
 
-A GPT with rotary position embeddings. It continues text; it was not taught to follow instructions. Stored as `{architecture}` in {dtype}: pre-norm blocks with {norm}, multi-head attention,
-an MLP four times wider with GELU (tanh), output head tied to the embedding.
+A GPT with rotary position embeddings. It continues text; it was not taught to follow instructions. Stored as
+`{architecture}` in {dtype}: pre-norm blocks with {norm}, multi-head attention, an MLP four times wider with GELU
+(tanh), output head tied to the embedding.
 
 | | |
 |---|---|

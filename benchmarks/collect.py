@@ -3,10 +3,11 @@
     python benchmarks/collect.py checkpoints/RUN benchmarks/results/RUN
     python benchmarks/collect.py comparisons/NAME benchmarks/results/comparisons/NAME
 
-Of a run: run.json, metrics.jsonl thinned to every tenth training row (all others whole), curves.png drawn from the
-whole of it, and samples.md (see write_samples.py) from the newest checkpoint. Of a comparison: comparison.json, and of
-each finished run run.json and metrics.jsonl, thinned to every hundredth training row; and the report of these files, as
-`python report.py benchmarks/results/comparisons/NAME` writes it again. Its speeds are medians of the rows kept.
+Of a run: run.json, metrics.jsonl thinned to the first twenty and every tenth training row (all others whole),
+curves.png drawn from the whole of it, and samples.md (see write_samples.py) from the newest checkpoint. Of a
+comparison: comparison.json, and of each finished run run.json and metrics.jsonl, thinned to every hundredth training
+row; and the report of these files, as `python report.py benchmarks/results/comparisons/NAME` writes it again. Its
+speeds are medians of the rows kept.
 """
 
 import json
@@ -33,13 +34,16 @@ class Config:
     destination: Path = flag(REQUIRED, "the folder for what is kept", positional=True)
 
 
-def thin(source, destination, every):
-    """Copies run.json, and metrics.jsonl with every so-many-th training row."""
+def thin(source, destination, every, first=1):
+    """Copies run.json, and metrics.jsonl with the `first` training rows, where a curve bends most, and every
+    so-many-th."""
     destination.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / "run.json", destination / "run.json")
     rows = list(read_rows(source / "metrics.jsonl"))
     last = max(row["step"] for row in rows)
-    kept = [row for row in rows if row["kind"] != "train" or row["step"] % every == 0 or row["step"] in (1, last)]
+    kept = [
+        r for r in rows if r["kind"] != "train" or r["step"] % every == 0 or r["step"] <= first or r["step"] == last
+    ]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     (destination / "metrics.jsonl").write_text(text, encoding="utf-8")
     print(f"{destination}: {len(kept)} of {len(rows)} rows, the run's configuration")
@@ -61,7 +65,7 @@ def main(argv=None):
     args = parse(Config, argv, __doc__)
     if (args.run / "comparison.json").exists():
         return keep_comparison(args.run, args.destination)
-    thin(args.run, args.destination, every=10)
+    thin(args.run, args.destination, every=10, first=20)
     plot([args.run], args.destination / "curves.png")
     write_samples(args.run, args.destination / "samples.md")
     print(f"{args.destination}: its curves and its samples")

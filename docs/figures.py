@@ -2,6 +2,7 @@
 
     python docs/figures.py --checkpoint checkpoints/edu-10m --val_data_dir edu_corpus_val
     python docs/figures.py --only rope schedule order        # those that need neither
+    python docs/figures.py --only longer --longer ORIGIN RUN RUN --val_data_dir edu_2k_val
 
 Every curve is computed or measured, none is drawn by hand. The rotation is `model.rotate`, the schedule
 `train.lr_at`, the order `FineWebDataLoader`, the attention that of a trained checkpoint. Measured values are in
@@ -492,7 +493,6 @@ FIGURES = {
     "order": draw_order,
     "loss": draw_loss,
     "context": draw_context,
-    "longer": draw_longer,
     "killed": draw_killed,
 }
 
@@ -504,7 +504,9 @@ class FiguresConfig:
     metrics: Path = flag(METRICS, "metrics.jsonl of the loss; default: edu-10m's", unit="file")
     longer: tuple[str, ...] = flag((), "a run, and runs that --init_from has started from it", unit="folder")
     killed: Path = flag(KILLED, "what benchmarks/killed_run.py wrote; default: the demo's", unit="file")
-    only: tuple[str, ...] = flag(tuple(FIGURES), "figures", unit="name", choices=tuple(FIGURES))
+    only: tuple[str, ...] = flag(
+        tuple(FIGURES), "figures; longer needs --longer", unit="name", choices=(*FIGURES, "longer")
+    )
     out_dir: Path = flag(HERE / "figures", "where they go; default: docs/figures", unit="folder")
     name: str = ""  # of the checkpoint, once it is found
 
@@ -515,14 +517,16 @@ def main(argv=None):
         raise UserError(
             "--val_data_dir is missing; decay, attention, context, longer and loss are measured on its shards"
         )
-    if "longer" in args.only and not args.longer:
-        raise UserError("--longer is missing: a run, and runs that --init_from has started from it; or leave it out of --only")
+    if "longer" in args.only and len(args.longer) < 2:
+        raise UserError(
+            "--longer is missing; the figure longer needs a run, and runs that --init_from has started from it"
+        )
     if {"decay", "attention", "context"} & {*args.only}:
         path = find_checkpoint(args.checkpoint).resolve()
         args.name = f"{path.parent.name}/{path.name}"
     args.out_dir.mkdir(parents=True, exist_ok=True)
     for name in args.only:
-        fig, facts = FIGURES[name](args)
+        fig, facts = draw_longer(args) if name == "longer" else FIGURES[name](args)
         print(f"{args.out_dir / name}.png: {save(fig, args.out_dir / f'{name}.png'):,} bytes")
         if facts:
             write_json(args.out_dir / f"{name}.json", facts)

@@ -248,6 +248,7 @@ def test_missing_data_is_one_line(figures, capsys):
 
 def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, corpus, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(figures, "WINDOWS", 2)
+    monkeypatch.setattr(figures, "LONGER_WINDOWS", 3)
     monkeypatch.setattr(figures, "VECTORS", 10)
     monkeypatch.setattr(figures, "canvas", lambda height: figures.Figure((8, height), dpi=40))  # small, for speed
     optimizer = torch.optim.AdamW(model.parameters())
@@ -263,4 +264,14 @@ def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, cor
     rows = json.loads((out / "context.json").read_text())["rows"]
     assert [r["context"] for r in rows if not r["interpolated"]] == [8 * 2**n for n in range(7)]
     assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"]), rel=1e-2) for r in rows)
+    config = GPTConfig(**vars(model.config) | {"block_size": 128, "rope_theta": 20_000.0})
+    checkpoint.save(tmp_path / "further", 7, config, tensors, {"step": 7}, byte_tokenizer)
+    both = ["--longer", str(tmp_path / "run"), str(tmp_path / "further")]
+    figures.main([*flags, "--only", "longer", *both])
+    longer = json.loads((out / "longer.json").read_text())
+    readers = ["as trained at 64", "then 7 steps at 128, base 20,000"]
+    assert [(r["reader"], r["context"]) for r in longer["rows"]] == [(n, c) for n in readers for c in (64, 128, 256)]
+    assert longer["rows"][0]["loss_minus_trained"] == 0 != longer["rows"][3]["loss_minus_trained"]
+    by_position = longer["loss_minus_trained_by_position"]["as trained at 64"]
+    assert np.abs(by_position[: figures.BINS // 4]).max() < 1e-4 < np.abs(by_position[figures.BINS // 4 :]).max()
     assert all(str(tmp_path) not in p.read_text() for p in out.glob("*.json"))

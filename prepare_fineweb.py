@@ -51,6 +51,7 @@ DATASET, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 VAL_SHARE, OWN_VAL_SHARE = 0.001, 0.05  # of the hub's documents, 10M of 10B tokens; of your own files
 SAMPLE_CHARS, SAMPLE_PIECES = 50_000_000, 16  # what a tokenizer is trained on: so much text from so many pieces
 LOCK_SECONDS = 5  # to wait for the processes of a run that was just killed
+LITTLE = 20_000_000  # tokens; the steps of the default preset are too large for so few
 WAIT_SECONDS = 3600  # for the first of several --pieces, which may be training a tokenizer
 
 
@@ -271,7 +272,8 @@ def summarize(directories, manifests) -> dict:
     if (directories["train"] / PICTURE).exists():
         print(f"lengths of the documents: {directories['train'] / PICTURE}")
     train, val = (shlex.quote(str(directories[split])) for split in ("train", "val"))
-    print(f"next: python train.py --data_dir {train} --val_data_dir {val}")
+    preset = "--preset small " if manifests["train"]["tokens"] < LITTLE else ""
+    print(f"next: python train.py {preset}--data_dir {train} --val_data_dir {val}")
     return manifests
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import prepare_fineweb
 import train as train_module
 from support.cli import UserError, run
 from toy import as_flags, losses, trace, vals
@@ -205,3 +206,13 @@ def test_the_warm_up_is_rounded_not_cut(share, steps, warmup):
 def test_as_flags_of_a_configuration_give_it_back(toy):
     """The other tests start processes with these flags: they must mean the same run."""
     assert parse(as_flags(toy)) == toy
+
+
+def test_the_next_command_after_a_small_corpus_is_for_a_small_corpus(tmp_path, capsys):
+    """Bug: whoever prepares a few MB and copies the printed line trains GPT-2's 124M parameters on a CPU."""
+    facts = {"documents": 9, "text_bytes": 9, "shards": [], "skipped": {}, "replaced_surrogates": 0}
+    directories = {split: tmp_path / split for split in ("train", "val")}
+    for tokens, preset in ((500_000, "--preset small "), (5_000_000_000, "")):
+        prepare_fineweb.summarize(directories, dict.fromkeys(directories, facts | {"tokens": tokens}))
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line == f"next: python train.py {preset}--data_dir {tmp_path}/train --val_data_dir {tmp_path}/val"

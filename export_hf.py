@@ -203,10 +203,8 @@ def write_folder(folder, model, tokenizer, dtype):
         "bos_token": marker,
         "eos_token": marker,
         "model_max_length": c.block_size,
-        "model_input_names": [
-            "input_ids",
-            "attention_mask",
-        ],  # transformers 4 adds token_type_ids, which a GPT does not have
+        # transformers 4 adds token_type_ids, which a GPT does not have
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,  # by default transformers 4 removes spaces before punctuation
     }
     write_json(folder / "tokenizer_config.json", about)

@@ -223,9 +223,7 @@ class Scores:
         """The ending (N,) with the highest score, by the name of the accuracy; the first of equal ones."""
         result = {}
         for name, sums in self.sums.items():
-            with np.errstate(
-                divide="ignore"
-            ):  # an ending of marks alone has no characters; -x / 0 = -inf is never chosen
+            with np.errstate(divide="ignore"):  # an ending of marks alone has no characters; -x / 0 = -inf loses
                 per_unit = sums / self.units[name]
             result |= {f"{name}_acc": sums.argmax(1), f"{name}_acc_norm": per_unit.argmax(1)}
         return result

@@ -30,14 +30,7 @@ import torch
 
 from checkpoint import find_checkpoint, read_model
 from model import KVCache
-from support.runtime import (
-    attention_of_any_shape,
-    autocast,
-    memory_advice,
-    pick,
-    pick_device,
-    sample_faster,
-)
+from support.runtime import attention_of_any_shape, autocast, memory_advice, pick, pick_device, sample_faster
 from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"

@@ -174,9 +174,9 @@ class TextTokenizer:
         model = self.contents["model"]
         if self.lossless:
             return None
-        return (
-            model["unk_id"] if model["type"] == "Unigram" else self.backend.model.token_to_id(model["unk_token"] or "")
-        )
+        if model["type"] == "Unigram":
+            return model["unk_id"]
+        return self.backend.model.token_to_id(model["unk_token"] or "")
 
     def refuse_silent_loss(self):
         """UserError where characters would have no id at all, or the marker's."""

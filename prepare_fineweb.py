@@ -18,10 +18,13 @@ it. A value that is not text is an error.
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from support.cli import UserError, flag, range_problems, read_flags, refuse, run, type_problems  # isort: split
 
@@ -41,7 +44,7 @@ from prepared import (
     write_plan,
 )
 from support import demo_corpus
-from support.download import fetch_shards
+from support.download import download
 from support.files import write_json
 from support.rows import FORMATS, find_files, hub_files, stamps
 from tokenizer import load_tokenizer, replace_surrogates, train_tokenizer
@@ -325,6 +328,28 @@ def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
     return finish(c, directories, plan | {"arguments": {}}, kept, picture=False)
 
 
+def fetch_shards(urls, out_dir):
+    """Fetches token shards, build-nanogpt's .npy or llm.c's .bin, which training reads as they are. UserError."""
+    names = [urlsplit(url).path.rsplit("/", 1)[-1] for url in urls]
+    good = [re.fullmatch(r"[\w-][\w.+-]*\.(npy|bin)", name, re.ASCII) for name in names]
+    good = [fits and urlsplit(url).scheme in ("http", "https") for fits, url in zip(good, urls)]
+    found = [f"{url}: expected http(s)://.../NAME.npy or .bin" for url, fits in zip(urls, good) if not fits]
+    found += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if (Path(out_dir) / MANIFEST).exists():
+        found.append(f"{out_dir}: holds shards with a manifest already; name another --out_dir")
+    refuse(found)
+    paths = [Path(out_dir, name) for name in names]
+    for i, (url, path) in enumerate(zip(urls, paths), 1):
+        download(url, path)
+        try:
+            tokens = open_shard(path).tokens
+        except UserError:
+            path.unlink()  # or it would be taken for a shard
+            raise
+        print(f"{i} of {len(urls)}: {path}, {tokens:,} tokens", flush=True)
+    print(f"next: python train.py --data_dir {shlex.quote(str(out_dir))}")
+
+
 # ---------------------------------------------------------------------------------------
 
 
@@ -335,7 +360,7 @@ def main(argv=None):
     if c.demo:
         prepare_demo(DEMO_DIR if c.out_dir == OUT_DIR else c.out_dir)
     elif c.token_shards:
-        fetch_shards(c.token_shards, c.out_dir, open_shard, MANIFEST)
+        fetch_shards(c.token_shards, c.out_dir)
     else:
         try:
             prepare(c)

@@ -7,15 +7,12 @@ wrong. After a failure there is a pause and another attempt, which continues whe
 """
 
 import os
-import re
-import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from support.cli import UserError, refuse
+from support.cli import UserError
 from support.files import sync_directory
 
 ATTEMPTS = 10  # that bring nothing, one after the other, before giving up: about five minutes
@@ -127,26 +124,3 @@ def check_answer(response, url, part, have):
     if size is not None and free < size - have:
         raise UserError(f"{part}: needs {size - have:,} more bytes on this disk, which has {free:,}; make room")
     return have, size
-
-
-def fetch_shards(urls, out_dir, open_shard, manifest) -> list[Path]:
-    """Fetches token shards, build-nanogpt's .npy or llm.c's .bin, which training reads as they are. UserError."""
-    names = [urlsplit(url).path.rsplit("/", 1)[-1] for url in urls]
-    good = [re.fullmatch(r"[\w-][\w.+-]*\.(npy|bin)", name, re.ASCII) for name in names]
-    good = [fits and urlsplit(url).scheme in ("http", "https") for fits, url in zip(good, urls)]
-    found = [f"{url}: expected http(s)://.../NAME.npy or .bin" for url, fits in zip(urls, good) if not fits]
-    found += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
-    if (Path(out_dir) / manifest).exists():
-        found.append(f"{out_dir}: holds shards with a manifest already; name another --out_dir")
-    refuse(found)
-    paths = [Path(out_dir, name) for name in names]
-    for i, (url, path) in enumerate(zip(urls, paths), 1):
-        download(url, path)
-        try:
-            tokens = open_shard(path).tokens
-        except UserError:
-            path.unlink()  # or it would be taken for a shard
-            raise
-        print(f"{i} of {len(urls)}: {path}, {tokens:,} tokens", flush=True)
-    print(f"next: python train.py --data_dir {shlex.quote(str(out_dir))}")
-    return paths

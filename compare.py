@@ -89,7 +89,8 @@ def all_arms(c: CompareConfig) -> list[Arm]:
         axes.append([(name, value) for value in values.split(",")])
     arms = []
     for arm, pairs in itertools.product(map(parse_arm, c.arm) if c.arm else [Arm("")], itertools.product(*axes)):
-        name = ", ".join([arm.name] * bool(arm.name) + [f"{flag}={value}" for flag, value in pairs])
+        named = [arm.name] if arm.name else []
+        name = ", ".join(named + [f"{flag}={value}" for flag, value in pairs])
         swept = [word for flag, value in pairs for word in (f"--{flag}", value)]
         arms.append(Arm(name, (*arm.flags, *swept), arm.code))
     if len(arms) < 2:
@@ -267,7 +268,7 @@ def run_all(runs, jobs, cuda, lock) -> int:
     """Makes the runs that are not finished, `jobs` at a time. Returns the signal that ended it early, or 0.
 
     A run that fails keeps the last line that it said in `error`; the others go on."""
-    waiting, going, asked = [r for r in runs if not r.finished], {}, []
+    waiting, going, asked = [r for r in runs if not r.finished], {}, False
     shown = sum(steps_done(r) for r in runs)
     progress = Progress(shown, sum(r.max_steps for r in runs), True)
     with runtime.StopSignals() as signals:
@@ -278,7 +279,9 @@ def run_all(runs, jobs, cuda, lock) -> int:
                 going[slot] = (r, start_run(r, slot, jobs, cuda, lock))
             time.sleep(0.2)
             if signals.received and not asked:  # once: a second signal would end a run before it has saved
-                asked = [process.send_signal(signal.SIGTERM) for _, process in going.values()]
+                asked = True
+                for _, process in going.values():
+                    process.send_signal(signal.SIGTERM)
             for slot, (r, process) in list(going.items()):
                 if process.poll() is not None:
                     del going[slot]

@@ -367,9 +367,12 @@ def problems(c: InferenceConfig) -> list[str]:
     prompts = [f"--{n}" for n in ("prompt", "prompt_file", "interactive") if getattr(c, n) not in (None, False)]
     if len(prompts) > 1:
         found.append(f"{' and '.join(prompts)} exclude each other")
-    for look in (lambda: pick_device(c.device), lambda: c.prompt_file in (None, "-") or read_text(c.prompt_file)):
+    checks = [(pick_device, c.device)]
+    if c.prompt_file not in (None, "-"):
+        checks.append((read_text, c.prompt_file))
+    for check, value in checks:
         try:
-            look()
+            check(value)
         except UserError as error:
             found.append(str(error))
     return found

@@ -168,8 +168,10 @@ class Split:
         """`ids`: of the text alone; the marker comes before them."""
         ids = np.concatenate([self.marker, ids])
         self.writer.add(ids, document.text_bytes)
-        for name, n in zip(self.counts, (1, len(ids), document.text_bytes, document.replaced)):
-            self.counts[name] += n
+        self.counts["documents"] += 1
+        self.counts["tokens"] += len(ids)
+        self.counts["text_bytes"] += document.text_bytes
+        self.counts["replaced_surrogates"] += document.replaced
         self.lengths[str(LENGTHS[bisect(LENGTHS, len(ids)) - 1])] += 1
 
     def close(self) -> dict:

@@ -214,7 +214,9 @@ def edges(rows) -> list[str]:
     """A best value at the end of a sweep says that a better one may lie beyond. The arms of a sweep are named
     "flag=value, flag=value"."""
     settings = [dict(part.split("=", 1) for part in row["arm"].split(", ") if "=" in part) for row in rows]
-    best, said = min(zip(rows, settings), key=lambda pair: pair[0]["mean"], default=(None, {}))[1], []
+    if not rows:
+        return []
+    best, said = min(zip(rows, settings), key=lambda pair: pair[0]["mean"])[1], []
     for name, value in best.items():
         try:
             values = {float(other[name]) for other in settings if name in other}
@@ -246,7 +248,8 @@ def cells(row, budgets, in_bits) -> dict[str, str]:
         if t := row["token_share"]:
             share = f"{t['mean']:.2f}" + ("" if t["low"] is None else f" [{t['low']:.2f}, {t['high']:.2f}]")
     if row["hellaswag"]:
-        hellaswag = with_error(*(x and 100 * x for x in row["hellaswag"]), digits=2)
+        mean, error = row["hellaswag"]
+        hellaswag = with_error(100 * mean, None if error is None else 100 * error, digits=2)
     return {
         "arm": row["arm"],
         measure: with_error(row["mean"], row["error"], digits=4),

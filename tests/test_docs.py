@@ -265,7 +265,7 @@ def test_every_figure_is_drawn_from_any_checkpoint(figures, model, tmp_path, cor
     assert [r["context"] for r in rows if not r["interpolated"]] == [8 * 2**n for n in range(7)]
     assert all(r["perplexity"] == pytest.approx(math.exp(r["loss"]), rel=1e-2) for r in rows)
     config = GPTConfig(**vars(model.config) | {"block_size": 128, "rope_theta": 20_000.0})
-    checkpoint.save(tmp_path / "further", 7, config, tensors, {"step": 7}, byte_tokenizer)
+    checkpoint.write_checkpoint(tmp_path / "further", 7, config, tensors, {"step": 7}, byte_tokenizer)
     both = ["--longer", str(tmp_path / "run"), str(tmp_path / "further")]
     figures.main([*flags, "--only", "longer", *both])
     longer = json.loads((out / "longer.json").read_text())

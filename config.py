@@ -25,19 +25,23 @@ PRESET_VALUES = {
     "gpt2-774m": dict(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4),
     "gpt2-1558m": dict(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, batch_size=8),
     # The same model as gpt2-124m on half the tokens. What each change gained at small scale: benchmarks/RESULTS.md.
-    "fast-124m": dict(dropout=0.0, optimizer="muon", lr=2.4e-3, min_lr=2.4e-4, max_steps=76_294),
+    "fast-124m": dict(
+        dropout=0.0, optimizer="muon", lr=2.4e-3, min_lr=0.0, schedule="linear", decay_frac=0.7, max_steps=76_294,
+    ),
     # From nothing, offline, in about two minutes on two cores: Python's own documentation, see prepare_fineweb. In
     # float32, which is faster than bfloat16 for matrices this small, and gives all machines nearly the same numbers.
     "demo": dict(
         data_dir="demo_corpus", block_size=128, n_layer=4, n_head=4, n_embd=128, dropout=0.0, max_steps=600,
         batch_size=16, total_batch_tokens=2048, optimizer="muon", lr=1e-2, min_lr=2.5e-4, eval_interval=100,
         val_tokens=20_480, hellaswag_interval=0, sample_interval=300, sample_prompt="The", save_interval=100,
+        dtype="float32",
     ),
     # A few MB of your own text and a CPU: prepare_fineweb.py --train_tokenizer 4096 --out_dir my_corpus.
     "small": dict(
         data_dir="my_corpus", block_size=256, n_layer=6, n_head=6, n_embd=192, max_steps=600, batch_size=16,
-        total_batch_tokens=4096, optimizer="muon", lr=5e-3, min_lr=2.5e-4, eval_interval=100, val_tokens=65_536,
-        hellaswag_interval=0, sample_interval=300, sample_prompt="", save_interval=100,
+        total_batch_tokens=4096, optimizer="muon", lr=5e-3, min_lr=0.0, schedule="linear", decay_frac=0.7,
+        eval_interval=100, val_tokens=65_536, hellaswag_interval=0, sample_interval=300, sample_prompt="",
+        save_interval=100,
     ),
 }  # fmt: skip
 

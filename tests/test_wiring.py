@@ -41,8 +41,11 @@ from train import PRESETS, lr_at, problems, train
     "name, figures",
     [
         ("gpt2-124m", dict(optimizer="adamw", lr=6e-4, last=6e-5, dropout=0.1, max_steps=152_587, tokens=65_536)),
-        ("fast-124m", dict(optimizer="muon", lr=2.4e-3, last=2.4e-4, dropout=0.0, max_steps=76_294, tokens=65_536)),
-        ("demo", dict(optimizer="muon", lr=1e-2, last=2.5e-4, dropout=0.0, max_steps=600, tokens=2048)),
+        ("fast-124m", dict(optimizer="muon", lr=2.4e-3, last=0, dropout=0.0, max_steps=76_294, tokens=65_536)),
+        (
+            "demo",
+            dict(optimizer="muon", lr=1e-2, last=2.5e-4, dropout=0.0, max_steps=600, tokens=2048, dtype="float32"),
+        ),
     ],
 )
 def test_a_preset_is_the_published_one(name, figures):

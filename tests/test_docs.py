@@ -139,6 +139,9 @@ def test_the_text_quotes_what_was_measured():
     said += [f"{attention['nearest']['weight_on_the_token_before']:.2f} of its weight"]
     for row in FACTS["context"]["rows"]:
         said += [f"{row['perplexity']:.1f}"]
+    for reader in FACTS["longer"]["loss_minus_trained_by_position"]:
+        some = [f"{row['perplexity']:.1f}" for row in FACTS["longer"]["rows"] if row["reader"] == reader]
+        said += [f"| {reader} | {' | '.join(some)} |"]
     flat = " ".join(first.split())
     assert [words for words in said if words not in flat] == []
     assert f"= {loss['uniform']:.2f}" in last and f"begins at {loss['first']:.2f}" in last

@@ -47,7 +47,7 @@ WINDOWS = 20  # of validation text, for each measurement
 PALETTE = 256  # colours of a picture: a third of the bytes, and hardly a difference to see
 BINS = 32  # of positions
 LONGEST = 8  # contexts are measured up to so many times the trained one
-LONGER, LONGER_WINDOWS = 4, 200  # the same for models that were trained further, and windows of that length
+LONGER, LONGER_WINDOWS = 4, 80  # the same for models that were trained further, and windows of that length
 
 # ---------------------------------------------------------------------------------------
 # Paper.
@@ -353,7 +353,7 @@ def picture_of_longer(facts) -> Figure:
     left, right = fig.subplots(1, 2)
     tidy(left, "context (tokens)", "validation perplexity", "the same text, read in pieces of this length")
     title = f"in a context of {LONGER * T:,}"
-    tidy(right, "position (tokens)", f"loss, less the first model's in pieces of {T} (nats)", title)
+    tidy(right, "position (tokens)", f"loss, less the origin's in pieces of {T} (nats)", title)
     where = LONGER * T / BINS * (np.arange(BINS) + 0.5)
     for (name, change), color in zip(facts["loss_minus_trained_by_position"].items(), COLORS):
         some = [row for row in facts["rows"] if row["reader"] == name]

@@ -57,7 +57,6 @@ INSTEAD = {  # of what stands for the reader's own
     "RUN RUN": "checkpoints/demo checkpoints/mine-124m",
     "checkpoints/edu-10m-seed2 checkpoints/edu-10m-fast600": "checkpoints/cpu-124m",
     "comparisons/ideas/base/seed_1": "checkpoints/demo",
-    "checkpoints/longer-128 checkpoints/longer-256 checkpoints/longer-512": "checkpoints/longer-512",
     "edu_2k": "demo_corpus",
     "checkpoints/one checkpoints/two": "checkpoints/demo checkpoints/mine-124m",
     "checkpoint.py verify DIR": "checkpoint.py verify checkpoints/demo",

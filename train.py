@@ -24,7 +24,6 @@ import torch
 import checkpoint
 import hellaswag_eval
 import inference
-import plot_run
 from checkpoint import Position, Saver
 from config import PRESETS, TrainConfig, parse, problems
 from data_processing_fineweb import (
@@ -314,6 +313,8 @@ def sample(c: TrainConfig, rt, model, data: Data) -> str:
 def plot_curves(run_dir):
     """Writes curves.png from the metrics so far. A failure costs one warning, not the run."""
     try:
+        import plot_run  # here: the first step need not wait for matplotlib
+
         plot_run.plot([run_dir], run_dir / "curves.png")
     except Exception as error:
         print(f"warning: curves.png was not written ({type(error).__name__}: {error})", file=sys.stderr)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import plot_run
 import train as train_module
 from support.cli import UserError, run
 from support.files import read_json
@@ -174,7 +175,7 @@ def test_a_run_draws_its_curves(toy, monkeypatch, capsys):
     monkeypatch.undo()  # the drawing that `toy` turns off
     train(replace(toy, max_steps=2))
     assert (toy.run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    monkeypatch.setattr(train_module.plot_run, "plot", lambda *args: 1 / 0)
+    monkeypatch.setattr(plot_run, "plot", lambda *args: 1 / 0)
     assert train(replace(toy, run_name="other", max_steps=2))["step"] == 2
     assert capsys.readouterr().err.count("warning: curves.png was not written (ZeroDivisionError") == 1
 

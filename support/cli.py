@@ -17,6 +17,7 @@ Each program imports this module before any installed package. Where such a pack
 
 import argparse
 import difflib
+import functools
 import math
 import os
 import re
@@ -69,9 +70,10 @@ def flag(default, help, *, at_least=None, above=None, below=None, at_most=None, 
     return field(default=default, metadata=about)
 
 
-def flags_of(Config):
-    """(field, type of one value, whether it takes several, whether None is allowed) for each field made by `flag`."""
-    hints = typing.get_type_hints(Config)
+@functools.cache  # a training reads them several times at its start
+def flags_of(Config) -> list[tuple]:
+    """[(field, type of one value, whether it takes several, whether None is allowed)] of the fields made by `flag`."""
+    hints, found = typing.get_type_hints(Config), []
     for f in fields(Config):
         if "help" in f.metadata:
             kind, several, optional = hints[f.name], False, False
@@ -79,7 +81,8 @@ def flags_of(Config):
                 kind, optional = next(k for k in typing.get_args(kind) if k is not type(None)), True
             if typing.get_origin(kind) in (tuple, list):  # tuple[X, ...]
                 kind, several = typing.get_args(kind)[0], True
-            yield f, kind, several, optional
+            found.append((f, kind, several, optional))
+    return found
 
 
 def shown(f) -> str:

@@ -26,9 +26,10 @@ import pieces
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify_shards
 from prepare_fineweb import PrepareConfig, prepare_demo
-from support import demo_corpus
+from support import demo_corpus, workers
 from support.cli import UserError, run
 from support.rows import File, stamps
+from test_tokenizer import tiktoken_from
 from tokenizer import load_tokenizer, train_tokenizer
 
 try:
@@ -40,6 +41,7 @@ ROOT = Path(prepare_fineweb.__file__).parent
 VAL_SHARE = 0.15
 DOCS = [f"Document {i}. " + "The quick brown fox, naïve 🦊, jumps. " * (i % 7 + 1) for i in range(60)]
 A = ("--local_files", "a.jsonl", "--val_share", VAL_SHARE)
+needs_fork = pytest.mark.skipif(os.name == "nt", reason="needs fork")
 
 
 @pytest.fixture
@@ -137,14 +139,8 @@ def skipped(**counts):
 
 
 def test_ids_are_tiktokens_with_the_marker_before_each_document(test_data, here):
-    tiktoken = pytest.importorskip("tiktoken")
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
     folder = test_data / "gpt2_tokenizer"
-    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "merges.txt"), str(folder / "vocab.json"))
-    words = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    reference = tiktoken.Encoding("gpt2", pat_str=words, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
-
+    reference = tiktoken_from(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
     [path] = (test_data / "corpus" / "val").glob("*.parquet")
     made = prepare("d", str(path), val_share=0.1, shard_tokens=300_000, tokenizer=folder)
     table = pyarrow.parquet.read_table(path)
@@ -487,7 +483,7 @@ def test_a_split_without_documents_is_refused_and_can_be_mended(here, capsys):
 # --- accidents
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs fork")
+@needs_fork
 def test_a_killed_worker_is_an_error_within_seconds(here, capsys, monkeypatch):
     encode = pieces.encoded
 
@@ -527,6 +523,13 @@ def test_ctrl_c_ends_the_piece_in_this_process_too(here, capsys, monkeypatch):
     monkeypatch.setattr(pieces, "encoded", slowly)
     code, err = command(capsys, "--local_files", write_jsonl("a.jsonl", DOCS * 10))
     assert code == 130 and "the same command goes on" in err and len(seen) < 10 * len(DOCS)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", pytest.param("fork", marks=needs_fork)])
+def test_a_worker_does_not_hear_ctrl_c(start_method):
+    """Bug: Ctrl-C goes to all processes of a terminal, and ended the work of each, at whatever point it was."""
+    with workers.open_workers(n=2, start_method=start_method) as (pool, _):
+        assert pool.submit(signal.raise_signal, signal.SIGINT).exception(timeout=60) is None
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")

@@ -17,14 +17,26 @@ import auto_watch  # first: it watches the import of support.runtime
 import train as train_module
 from data_processing_fineweb import ShardWriter
 from tokenizer import TextTokenizer
-from toy import finished, torchrun
+from toy import Forks, seed_the_cpu_alone
 from train import TrainConfig
 
 children = [str(Path(auto_watch.__file__).parent), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, children))  # processes that tests start watch it too
+seed_the_cpu_alone()
 torch.set_num_threads(1)  # the models here are too small to share, and one thread repeats its sums exactly
 settings.register_profile("repository", deadline=None, derandomize=True)  # the same examples on every run
 settings.load_profile("repository")
+
+
+# Files whose slow tests take longest. They come first: two processes of pytest-xdist then end at about the same time.
+LONGEST = (
+    "test_line_of_steps", "test_faults", "test_prepare_faults", "test_commands", "test_compare", "test_benchmarks",
+    "test_devices", "test_hosts", "test_fuzz",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -85,6 +97,7 @@ def device(request) -> str:
 def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
     """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""
     monkeypatch.setattr(train_module, "plot_curves", lambda run_dir: None)
+    monkeypatch.setenv("GPT_TEST_PICTURES", "off")  # in processes of its own too
     return TrainConfig(
         run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,
         n_embd=32, dropout=0.1, max_steps=40, batch_size=4, total_batch_tokens=256, lr=3e-3, min_lr=3e-4,
@@ -110,12 +123,21 @@ def made_once():
     return {}
 
 
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts train.py in several processes, without importing torch in each."""
+    modules = "torch._dynamo", "torch.distributed.fsdp"
+    forks = Forks(tmp_path_factory.mktemp("forks"), *modules, GPT_TEST_PICTURES="off")
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def whole(toy, made_once) -> TrainConfig:
+def whole(toy, made_once, forks) -> TrainConfig:
     """The toy run by two processes, undisturbed."""
     if "whole" not in made_once:
         config = replace(toy, run_name="whole")
-        finished(torchrun(config))
+        forks.ranks(config)
         made_once["whole"] = config
     return made_once["whole"]
 

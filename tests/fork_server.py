@@ -22,7 +22,9 @@ import prepare_fineweb
 import train
 from support.cli import run
 from support.files import write_whole
+from toy import seed_the_cpu_alone
 
+seed_the_cpu_alone()
 train.plot_curves = lambda run_dir: None  # pictures would take most of the time
 prepare_fineweb.plot_lengths = lambda lengths, path: write_whole(path, b"picture")
 

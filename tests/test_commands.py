@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tokenizer import load_tokenizer
-from toy import ROOT
+from toy import ROOT, Forks
 
+IMPORTED = "torch._dynamo", "datasets", "matplotlib.figure", "scipy.stats", "transformers.models.auto.modeling_auto"
 PAGES = [
     *(ROOT / name for name in ("README.md", "benchmarks/RESULTS.md", "tests/README.md")),
     *sorted(ROOT.glob("docs/*.md")),
@@ -139,22 +140,40 @@ def checkout(tmp_path, test_data):
     return place
 
 
+@pytest.fixture
+def launch(checkout, tmp_path):
+    """launch(command) runs it as a shell in the checkout would: (exit code, output, errors). A shell takes it apart;
+    Python scripts are run in forks, because half of the commands do nothing that takes as long as importing torch."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    forks = Forks(tmp_path, *IMPORTED, **environment)
+    at = dict(cwd=checkout, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+    def launch(command):
+        tell = 'python() { printf "%s\\0" "$@"; }; '  # instead of Python: the arguments that it would get
+        done = subprocess.run(["bash", "-c", tell + command], timeout=300, **at)
+        if "\0" not in done.stdout:  # torchrun
+            return done.returncode, done.stdout, done.stderr
+        [done] = forks.run((done.stdout.split("\0")[:-1], os.environ | environment, checkout))
+        return done
+
+    yield launch
+    forks.close()
+
+
 @pytest.mark.slow
 @pytest.mark.auto
 @pytest.mark.timeout(1200)
-def test_every_printed_command_runs(checkout, tally):
+def test_every_printed_command_runs(launch, tally):
     """Bugs: a flag, file or default that is gone; a command that fails on the data the page told the reader to make; a
     new command that nobody has ever run."""
     commands = printed_commands()
     assert len(commands) > 25
     assert [part for part in NOT_RUN if not any(part in c for c in commands)] == [], "no longer printed"
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "HF_HOME": str(checkout.parent / "hf"), "OMP_NUM_THREADS": "1"}
     failed = []
     for command in filter(None, map(short, sorted(commands, key=order))):
-        done = subprocess.run(["bash", "-c", command], cwd=checkout, env=env, capture_output=True, text=True,
-                              stdin=subprocess.DEVNULL, timeout=300)  # fmt: skip
+        code, output, errors = launch(command)
         tally("printed commands run")
-        if done.returncode or "Traceback" in done.stderr:
-            failed.append(f"{command}\n{done.stdout[-500:]}{done.stderr[-1500:]}")
+        if code or "Traceback" in errors:
+            failed.append(f"{command}\n{output[-500:]}{errors[-1500:]}")
     assert not failed, "\n\n".join(failed)

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import pytest
 
 import checkpoint
 from support.tracking import read_rows
-from toy import ROOT, as_flags, finished, losses, torchrun, trace, vals, wait_for_step
+from toy import ROOT, as_flags, finished, free_port, losses, torchrun, trace, vals, wait_for_step
 from train import train
 
 HERE = Path(__file__).parent
@@ -44,16 +43,16 @@ def plain(toy):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tally, optimizer):
+def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, forks, tally, optimizer):
     """Each session of a run may have another number of processes, with weights sharded or not."""
     plain = replace(plain, optimizer=optimizer, hellaswag_interval=30, hellaswag_data=scenes)
     plain = replace(plain, embed_lr=9e-3, vector_lr=1e-3)
     one = replace(plain, run_name="one")
     train(one)
     two = replace(plain, run_name="two")
-    finished(torchrun(two))
+    forks.ranks(two)
     fsdp = replace(plain, run_name="fsdp", fsdp=True)
-    finished(torchrun(fsdp))
+    forks.ranks(fsdp)
     assert_same_to_rounding(two, one)
     assert_same_to_rounding(fsdp, one)
     scores = [[r for r in read_rows(c.run_dir / "metrics.jsonl") if r["kind"] == "hellaswag"] for c in (one, two, fsdp)]
@@ -63,7 +62,7 @@ def test_worlds_1_2_1_and_sharded_weights_continue_each_other(plain, scenes, tal
     mixed = replace(plain, run_name="mixed")
     for kind, step in ((replace(mixed, fsdp=True), 10), (mixed, 20), (replace(mixed, fsdp=True), 30)):
         shutil.rmtree(mixed.run_dir / f"step_{step:08d}", ignore_errors=True)
-        finished(torchrun(kind)) if kind.fsdp else train(kind)
+        forks.ranks(kind) if kind.fsdp else train(kind)
         for path in checkpoint.steps(mixed.run_dir):  # as if it had been stopped at this step
             if checkpoint.step_of(path) > step:
                 shutil.rmtree(path)
@@ -86,7 +85,7 @@ def test_a_rank_that_dies_is_started_again(toy, whole, tally):
         tally("kills survived")
 
 
-def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy, whole):
+def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy, whole, forks):
     """Without a time-out a frozen machine holds all the others, for ever and silently."""
     toy = replace(toy, timeout=5.0)
     process = torchrun(toy)
@@ -102,11 +101,11 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout(toy, whole):
     os.kill(frozen, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    finished(torchrun(toy))
+    forks.ranks(toy)
     assert trace(toy) == trace(whole)
 
 
-def test_a_signal_to_one_rank_stops_all_at_one_step(toy, whole):
+def test_a_signal_to_one_rank_stops_all_at_one_step(toy, whole, forks):
     """Slurm may signal one task only; the others would wait in the next reduction for ever."""
     process = torchrun(toy)
     wait_for_step(toy, 12, process)
@@ -115,23 +114,17 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(toy, whole):
     assert process.returncode != 0 and output.count("saved in") == 1, output
     newest = checkpoint.steps(toy.run_dir)[0]
     assert checkpoint.step_of(newest) == len(trace(toy)) < 40, "saved at the step where all stopped"
-    finished(torchrun(toy))
+    forks.ranks(toy)
     assert trace(toy) == trace(whole)
 
 
-def by_hand(config, rank, port, cwd=ROOT, **environment):
+def by_hand(config, rank, port, **environment):
     """One of two ranks, started without torchrun."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     env = os.environ | address | {"OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)} | environment
     command = [sys.executable, ROOT / "train.py", *as_flags(config)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, **pipes, env=env, cwd=cwd)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return subprocess.Popen(command, **pipes, env=env, cwd=ROOT)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="faults.c needs Linux and a C compiler")
@@ -147,25 +140,20 @@ def test_rank_0_that_cannot_save_tells_the_others(toy, tmp_path):
     assert "error" not in other, "one process says it, for all"
 
 
-def test_every_rank_leaves_where_the_run_is_in_use(toy):
+def test_every_rank_leaves_where_the_run_is_in_use(toy, forks):
     """Bug: only rank 0 asks for the lock; the others waited for it until the timeout."""
-    port, toy = free_port(), replace(toy, timeout=600.0)
     with checkpoint.run_lock(toy.run_dir):
-        both = [finished(p, code=2, timeout=90) for p in [by_hand(toy, rank, port) for rank in (0, 1)]]
+        both = forks.ranks(replace(toy, timeout=90.0), code=2)
     assert "in use by process" in both[0] and "error" not in both[1], both
 
 
-def test_ranks_with_different_flags_or_data_refuse_to_start(toy, tmp_path):
+def test_ranks_with_different_flags_or_data_refuse_to_start(toy, forks, tmp_path):
     """Two machines with two versions of a script or of the data train something that no one can repeat."""
-    port = free_port()
-    both = [by_hand(replace(toy, lr=lr), rank, port) for rank, lr in enumerate((3e-3, 4e-3))]
-    for process in both:
-        assert "lr is 0.003 on rank 0, 0.004 on rank 1" in finished(process, code=2, timeout=60)
+    for said in forks.ranks(toy, replace(toy, lr=4e-3), code=2):
+        assert "lr is 0.003 on rank 0, 0.004 on rank 1" in said
     for place, source in (("a", toy.data_dir), ("b", toy.data_dir + "_val")):
         shutil.copytree(source, tmp_path / place / "data")
         shutil.copytree(toy.data_dir if place == "b" else toy.data_dir + "_val", tmp_path / place / "data_val")
-    port, toy = free_port(), replace(toy, data_dir="data")
-    both = [by_hand(toy, rank, port, cwd=tmp_path / place) for rank, place in enumerate("ab")]
-    for process in both:
-        assert re.search(r"data is \w+ on rank 0, \w+ on rank 1", finished(process, code=2, timeout=60))
+    for said in forks.ranks(replace(toy, data_dir="data"), code=2, places=(tmp_path / "a", tmp_path / "b")):
+        assert re.search(r"data is \w+ on rank 0, \w+ on rank 1", said)
     assert not toy.run_dir.exists()

@@ -14,7 +14,7 @@ import train as train_module
 from data_processing_fineweb import ShardWriter
 from support.cli import UserError, run
 from support.files import read_json
-from toy import as_flags, bytes_only, finished, losses, torchrun, trace, vals
+from toy import as_flags, bytes_only, losses, trace, vals
 from train import TrainConfig, parse, train
 
 
@@ -148,12 +148,12 @@ def test_the_context_may_grow(origin, tuned):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_two_processes_start_from_the_origin(origin, tuned, fsdp):
+def test_two_processes_start_from_the_origin(origin, tuned, forks, fsdp):
     """Bug: weights loaded on one rank only, or into a sharded model as if it were whole."""
     tuned = replace(tuned, dropout=0.0, batch_size=2, max_steps=20)
     train(tuned)
     two = replace(tuned, run_name="two", fsdp=fsdp)
-    finished(torchrun(two))
+    forks.ranks(two)
     assert losses(two) == pytest.approx(losses(tuned), abs=1e-5)
     assert vals(two) == pytest.approx(vals(tuned), abs=1e-5)
     sums = [read_json(c.run_dir / "run.json")["origin"] for c in (two, tuned)]

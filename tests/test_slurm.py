@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from toy import ROOT, as_flags, finished, torchrun, trace, wait_for_step
+from toy import ROOT, as_flags, finished, trace, wait_for_step
 
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
@@ -47,10 +47,9 @@ def sbatch(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_job_that_reaches_its_time_limit_is_requeued_and_continues_exactly(toy, sbatch, tmp_path):
+def test_a_job_that_reaches_its_time_limit_is_requeued_and_continues_exactly(toy, whole, sbatch, tmp_path):
     """Bugs: a signal that ends srun and leaves the tasks; an exit code that SLURM takes for a failure; a job that is
     queued again after it has finished; ranks that do not find each other without torchrun."""
-    whole = torchrun(toy)
     cut = replace(toy, run_name="slurm")
     job = sbatch(cut)
     wait_for_step(cut, 7, job)
@@ -62,5 +61,4 @@ def test_a_job_that_reaches_its_time_limit_is_requeued_and_continues_exactly(toy
     assert 7 <= len(trace(cut)) < toy.max_steps
     finished(sbatch(cut))
     assert requeued.read_text().count("requeue") == 1
-    finished(whole)
-    assert trace(cut) == trace(toy)
+    assert trace(cut) == trace(whole)

@@ -47,21 +47,24 @@ def watch(runtime):
 
 
 class Finder:
-    """Stands before Python's own finders until support.runtime is looked for."""
+    """Stands before Python's own finders until module `name` is looked for; after its import calls change(module)."""
+
+    def __init__(self, name, change):
+        self.name, self.change = name, change
 
     def find_spec(self, name, path=None, target=None):
-        if name != "support.runtime":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         load = spec.loader.exec_module
 
-        def load_and_watch(module):
+        def load_and_change(module):
             load(module)
-            watch(module)
+            self.change(module)
 
-        spec.loader.exec_module = load_and_watch
+        spec.loader.exec_module = load_and_change
         return spec
 
 
-sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder("support.runtime", watch))

@@ -103,17 +103,6 @@ def test_a_step_of_the_training_benchmark_accumulates(monkeypatch, capsys):
     assert "batch 2 x 64 x 3" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_loss_benchmark_shows_every_row(capsys):
-    import bench_train
-
-    bench_train.main(["--loss", "--tiny", "--rounds", "2", *CPU, "--threads", "1"])
-    out = capsys.readouterr().out
-    for name in bench_train.LOSSES:
-        median, low, high, ratio, _ = numbers(out, name + "  ")
-        assert 0 < low <= median <= high and ratio > 0
-
-
 def test_a_contestant_that_fails_costs_its_row_only(tmp_path, capsys):
     import bench_train
 
@@ -369,11 +358,17 @@ def test_gpu_sh_stops_a_part_that_hangs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.auto  # as on the machine that it measures
 def test_gpu_sh_in_its_short_form(tmp_path):
+    import bench_train
+
     done = gpu_sh("--short", OUT=tmp_path, LIMIT=270)
     assert done.returncode == 0, done.stdout + done.stderr
     assert numbers(done.stdout, "ours ")[0] > 0 and numbers(done.stdout, "loader, the same windows again")[0] > 0
     for part in ("facts", "bits", "train_16", "train", "loss", "generate", "save", "data"):
         assert f"\n{part}: done" in done.stdout
+    rows = done.stdout.split("=== loss\n")[1]
+    for name in bench_train.LOSSES:
+        median, low, high, ratio, _ = numbers(rows, name + "  ")
+        assert 0 < low <= median <= high and ratio > 0
 
 
 # --- the recipe's comparisons

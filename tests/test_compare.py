@@ -361,7 +361,7 @@ def test_killed_at_random_moments_gives_the_same_table(tiny, tmp_path, tally):
     assert start(tmp_path / "undisturbed").wait(timeout=200) == 0
     for _ in range(10):
         process = start(tmp_path / "killed")
-        time.sleep(rng.uniform(2, 8))
+        time.sleep(rng.uniform(2, 6))
         process.send_signal(signal.SIGKILL)
         process.wait()
         tally("comparisons killed")

@@ -89,7 +89,9 @@ def finish(server, config):
 @pytest.fixture
 def short(toy):
     """13 steps, 163 windows in batches of 16: an epoch ends within step 11. Saves at 4, 8, 12 and 13; dropout on."""
-    changes = dict(total_batch_tokens=512, max_steps=13, save_interval=4, eval_interval=4, sample_interval=0)
+    changes = dict(
+        batch_size=8, total_batch_tokens=512, max_steps=13, save_interval=4, eval_interval=4, sample_interval=0
+    )
     return replace(toy, **changes, keep_last=1)
 
 

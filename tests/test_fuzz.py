@@ -8,6 +8,7 @@ nothing is ever written to it. The last part is fast and keeps what was found, o
 
 import contextlib
 import copy
+import functools
 import gzip
 import io
 import json
@@ -561,6 +562,7 @@ VALUES = [
 ]  # fmt: skip
 
 
+@functools.cache
 def flags_of(main):
     """Every flag that a script's --help names."""
     out = io.StringIO()

@@ -63,7 +63,6 @@ INSTEAD = {  # of what stands for the reader's own
     "checkpoint.py verify DIR": "checkpoint.py verify checkpoints/demo",
     "fineweb.py verify DIR": "fineweb.py verify my_corpus",
     "import FOLDER": "import hf_*",
-    "more/*.txt": "texts/*.txt",
     "--nproc_per_node=8": "--nproc_per_node=2",
     "--seeds 11,12,13,14,15,16,17,18": "--seeds 1",
     "--seeds 2": "--seeds 1",
@@ -134,6 +133,7 @@ def checkout(tmp_path, test_data):
         pq.write_table(rows, place / name / "0.parquet")
     for n, row in enumerate(rows.column("text").to_pylist()):
         (place / "texts" / f"{n}.txt").write_text(row)
+    shutil.copytree(place / "texts", place / "more", ignore=shutil.ignore_patterns("*.parquet"))
     (place / "gpt2_tokenizer").symlink_to(test_data / "gpt2_tokenizer")
     (place / "hellaswag.jsonl").symlink_to(test_data / "hellaswag" / "hellaswag_val.jsonl")
     hub_cache(tmp_path / "hf", test_data)

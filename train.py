@@ -85,7 +85,12 @@ class Net:
 
 
 def open_data(c: TrainConfig, rt) -> Data:
-    """All that the run reads, checked against each other. UserError where something is missing or does not fit."""
+    """All that the run reads, checked against each other; the demo's corpus is made first. UserError where something
+    is missing or does not fit."""
+    if c.preset == "demo" and c.data_dir == PRESETS["demo"].data_dir:
+        from prepare_fineweb import prepare_demo  # here: no other run needs the preparation
+
+        rt.from_main(lambda: prepare_demo(c.data_dir))
     find_shards(c.data_dir, "train")  # missing data is the first thing to say
     kept = Path(c.data_dir, "tokenizer")
     name = c.tokenizer or (kept if kept.is_dir() else checkpoint.origin_of(c) or "gpt2")
@@ -351,10 +356,6 @@ def train(config: TrainConfig) -> dict:
         rt.refuse_disagreement(asdict(c))
         if c.eval_only:
             return evaluate_only(c, rt)
-        if c.preset == "demo" and c.data_dir == PRESETS["demo"].data_dir:
-            from prepare_fineweb import prepare_demo  # here: no other run needs the preparation
-
-            rt.from_main(lambda: prepare_demo(c.data_dir))
         data = open_data(c, rt)
         net = build(c, rt, data.tokenizer.vocab_size)
         about = describe_run(c, net, data)

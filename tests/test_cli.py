@@ -11,10 +11,11 @@ import pytest
 from support.cli import REQUIRED, UserError, flag, parse, range_problems, read_flags, run
 from toy import ROOT
 
+OTHERS = ("prepare_fineweb.py", "fine_tune.py")  # one needs no torch, the other uses nothing of this repository
 PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("docs/*.py")]
-    if "__main__" in path.read_text(encoding="utf-8") and path.name != "prepare_fineweb.py"  # which needs no torch
+    if "__main__" in path.read_text(encoding="utf-8") and path.name not in OTHERS
 )
 
 

@@ -268,7 +268,7 @@ def test_a_kept_comparison_gives_the_report_beside_it(kept, tmp_path, monkeypatc
     monkeypatch.setattr(plot_run, "DPI", 40)
     report.main([str(folder)])
     assert (folder / "report.md").read_text(encoding="utf-8") == before
-    assert "/" not in kept.read_text().replace("arms/", ""), "a path of the machine that it ran on"
+    assert '"/' not in kept.read_text(), "a path of the machine that it ran on"
 
 
 def test_a_comparison_is_kept_as_a_file(tmp_path, monkeypatch, capsys):

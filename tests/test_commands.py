@@ -45,6 +45,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "data_processing_fineweb.py verify": "",
     "docs/fine_tune.py": "--max_steps 2",
     "docs/figures.py --only longer": "",
+    "docs/figures.py --only killed": "",
     # context, the last figure, takes a minute
     "docs/figures.py": "--checkpoint checkpoints/edu-10m --only rope schedule order decay attention loss",
     "benchmarks/write_samples.py": "--max_new_tokens 4",

@@ -19,7 +19,7 @@ def script(argv, env, cwd, out, err):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.stdin = open(0, closefd=False)  # the parent has read from the one it made
+    sys.stdin = os.fdopen(0)  # the parent has read from the one it made
     sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
     runpy.run_path(argv[0], run_name="__main__")
 

@@ -489,7 +489,7 @@ def main(argv=None):
             stream.reconfigure(encoding="utf-8", errors="replace")
     path = find_checkpoint(args.checkpoint)
     model, tokenizer = read_model(path, device)
-    if args.dtype == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+    if args.dtype == "auto" and device.type == "cpu" and model.num_parameters() < SMALL:
         dtype = "float32"  # reading so few weights takes less time than converting x for each product
     print(f"checkpoint {path.parent.name}/{path.name} on {device} in {dtype}", file=sys.stderr)
     with memory_advice("on the device; lower --num_samples or --max_new_tokens"):

@@ -457,7 +457,7 @@ def sample_faster(model, dtype):
                 p.data = p.data.t().contiguous().t()
     for module in linear:
         module.forward = fast_product(module.weight.detach(), module.bias)
-    # the embedding keeps its precision, because the residual stream is float32; the head is another copy of it
+    # the embedding keeps its precision, because the residual stream is float32; in 16 bits the head is a copy of it
     head = fast_product(model.wte.weight.detach().to(DTYPES[dtype]))
     valid = model.config.valid_vocab_size  # cut off after the product: all rows divide evenly among the threads
     model.logits = lambda x: head(x.to(DTYPES[dtype]))[..., :valid]

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -536,7 +537,8 @@ def test_a_worker_does_not_hear_ctrl_c(start_method):
 @pytest.mark.parametrize("how", ["kill", "ctrl-c"])
 def test_workers_leave_when_their_parent_is_killed_or_interrupted(how, here):
     """Bugs: workers that wait for work for ever; a traceback of each worker after Ctrl-C, which goes to all of them."""
-    files = [write_jsonl("a.jsonl", DOCS), write_jsonl("b.jsonl", ["many words " * 100_000] * 90)]
+    letters = random.Random(1).choices("abcdefghijklmnop    ", k=10**6)  # no word of it comes twice: half a minute's work
+    files = [write_jsonl("a.jsonl", DOCS), write_jsonl("b.jsonl", ["".join(letters)] * 90)]
     argv = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--tokenizer", "vocabulary", "--local_files", *files]
     argv += ["--num_proc", "2", "--shard_tokens", "1000000"]
     with open("err", "w") as err:

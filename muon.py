@@ -6,7 +6,7 @@ A few directions dominate the gradient of a weight matrix, and the steps of Adam
 momentum of the gradient and sets all of its singular values to about one, by five matrix polynomials and without a
 decomposition. It is for the matrices inside the blocks. The embedding and all vectors stay with AdamW, from which this
 class inherits, so that a run has one optimizer. torch.optim.Muon has the same rule, one matrix at a time and always in
-bfloat16, which CPUs without such instructions multiply thirty times more slowly than float32. A test compares the two.
+bfloat16, which CPUs without such instructions multiply many times more slowly than float32. A test compares the two.
 """
 
 import torch

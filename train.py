@@ -2,7 +2,7 @@
 
     python train.py --preset demo                      # two minutes on a laptop, offline: corpus, training, samples
     python train.py                                    # GPT-2 124M on edu_fineweb10B/, on one device
-    torchrun --nproc_per_node 8 train.py               # the same run on eight GPUs
+    torchrun --nproc_per_node 8 train.py --batch_size 8  # the same batches on eight GPUs
     python train.py --run_name mine --max_steps 5000   # given again after a crash or a kill, it continues the run
 
 What is exact: the data order and the dropout masks are computed from (seed, position). So evaluating, sampling,
@@ -408,7 +408,7 @@ def train(config: TrainConfig) -> dict:
 def main(argv=None) -> int:
     config = parse(argv, __doc__)
     advice = (
-        f"at batch_size {config.batch_size}; lower --batch_size (the result stays the same) "
+        f"at batch_size {config.batch_size}; lower --batch_size (the global batch stays the same) "
         "or add --grad_checkpoint. Saved checkpoints are intact"
     )
     try:

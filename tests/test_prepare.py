@@ -537,7 +537,7 @@ def test_a_worker_does_not_hear_ctrl_c(start_method):
 @pytest.mark.parametrize("how", ["kill", "ctrl-c"])
 def test_workers_leave_when_their_parent_is_killed_or_interrupted(how, here):
     """Bugs: workers that wait for work for ever; a traceback of each worker after Ctrl-C, which goes to all of them."""
-    letters = random.Random(1).choices("abcdefghijklmnop    ", k=10**6)  # no word of it comes twice: half a minute's work
+    letters = random.Random(1).choices("abcdefghijklmnop    ", k=10**6)  # new words: they take time
     files = [write_jsonl("a.jsonl", DOCS), write_jsonl("b.jsonl", ["".join(letters)] * 90)]
     argv = [sys.executable, str(ROOT / "prepare_fineweb.py"), "--tokenizer", "vocabulary", "--local_files", *files]
     argv += ["--num_proc", "2", "--shard_tokens", "1000000"]

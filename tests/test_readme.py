@@ -1,8 +1,11 @@
 """The README, and the list of promises beside the tests, name only what exists."""
 
+import math
 import re
 from pathlib import Path
 
+import train
+from config import parse, problems
 from support.tracking import read_rows, validation_in_words
 from train import PRESETS, TrainConfig
 
@@ -34,6 +37,17 @@ def test_every_flag_of_train_it_shows_exists():
     flags = {flag for command in commands for flag in re.findall(r"--(\w+)", command)}
     assert {"preset", "data_dir", "batch_size"} <= flags <= TrainConfig.__dataclass_fields__.keys()
     assert set(re.findall(r"--preset ([\w-]+)", README)) <= PRESETS.keys()
+
+
+def test_its_commands_for_several_gpus_divide_the_batch():
+    """Bug: the command for eight GPUs, in train.py and for SLURM, was refused: 16 sequences each exceed the batch."""
+    slurm = (ROOT / "docs" / "train.sbatch").read_text(encoding="utf-8")
+    commands = re.findall(r"(torchrun .*?)train\.py(.*?)(?:#|$)", README.replace("\\\n", " ") + train.__doc__, re.M)
+    assert len(commands) >= 3
+    commands.append((slurm, re.search(r"sbatch docs/train.sbatch(.*)", slurm)[1]))
+    for launcher, flags in commands:
+        counts = re.findall(r"--(?:nnodes|nproc_per_node|nodes|ntasks-per-node)[ =](\d+)", launcher)
+        assert counts and problems(parse(flags.split()), math.prod(map(int, counts))) == [], (launcher, flags)
 
 
 def test_results_it_quotes_are_those_of_the_committed_runs():

@@ -159,7 +159,7 @@ class TrainConfig:
         if unknown := given.keys() - known.keys():
             raise TypeError(f"TrainConfig has no {', '.join(sorted(unknown))}")
         values = known | PRESET_VALUES[preset] | {"preset": preset}
-        if "lr" in given:  # the preset's last learning rate belongs to the preset's highest
+        if "lr" in given and values["min_lr"]:  # the preset's last rate belongs to its highest; 0 belongs to any
             values["min_lr"] = None
         for name, value in (values | given).items():
             object.__setattr__(self, name, os.fspath(value) if isinstance(value, os.PathLike) else value)
@@ -284,7 +284,7 @@ def remembered(given: dict) -> dict:
     known = {f.name for f in fields(TrainConfig)} - {*NOT_REMEMBERED}
     kept = {name: value for name, value in config.items() if name in known}
     preset = TrainConfig(kept.get("preset", "gpt2-124m"))
-    if "lr" in given and kept.get("min_lr") == preset.min_lr:
+    if "lr" in given and kept.get("min_lr") and kept["min_lr"] == preset.min_lr:
         kept["min_lr"] = None  # nobody chose it; a tenth of the new one
     if given.get("eval_only"):
         kept["fsdp"] = False  # which serves training alone

@@ -442,9 +442,9 @@ def transformers():
 
 def read_hf_config(folder) -> GPTConfig:
     """Our configuration, from a config.json of exactly our model. UserError names every value that differs."""
-    path = folder / CONFIG
+    path, library = folder / CONFIG, transformers()
     try:
-        found = transformers().AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        found = library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the library objects to
         raise UserError(f"{path}: refused by transformers ({one_line(error)})") from error
     norm = {model_type: norm for norm, (model_type, _) in ARCHITECTURES.items()}.get(found.model_type)

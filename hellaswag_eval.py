@@ -2,6 +2,7 @@
 
     python hellaswag_eval.py --checkpoint checkpoints/demo               # four accuracies, beside GPT-2's
     python hellaswag_eval.py --hf_model gpt2 --dtype float32             # the same code on another model
+    torchrun --standalone --nproc_per_node 8 hellaswag_eval.py           # the same numbers, on eight GPUs
 
 The validation set has 10,042 examples of a context and four endings (Zellers et al. 2019). A base model cannot be asked
 a question. So each ending is scored by the log-probability of its tokens after the context, and the ending with the
@@ -27,7 +28,7 @@ import hashlib
 import json
 import re
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -43,7 +44,7 @@ import torch.nn.functional as F
 from checkpoint import find_checkpoint, read_model
 from support.download import download
 from support.files import write_whole
-from support.runtime import Runtime, attention_of_any_shape, memory_advice, pick
+from support.runtime import Runtime, attention_of_any_shape, memory_advice, start
 from support.tracking import Progress
 from tokenizer import replace_surrogates
 
@@ -331,7 +332,7 @@ def score_batch(model, batch, device, pieces=1) -> np.ndarray:
         F.cross_entropy(model.logits(x_piece).float(), y_piece, reduction="none")
         for x_piece, y_piece in zip(x.tensor_split(pieces), targets.tensor_split(pieces))
     ]
-    return -torch.cat(nats).double().cpu().numpy()
+    return -torch.cat(nats).cpu().double().numpy()  # MPS has no float64
 
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not use again in training
@@ -545,19 +546,33 @@ def problems(c: HellaSwagConfig) -> list[str]:
     return found
 
 
+def evaluate(args: HellaSwagConfig, rt) -> Scores:
+    """The scores of the model that the flags name; the main process says how far it is."""
+    if rt.dtype == "float32":
+        torch.set_float32_matmul_precision("highest")  # published figures are compared with these: no TF32
+    path = None if args.hf_model else find_checkpoint(args.checkpoint)
+    examples = rt.from_main(lambda: load_examples(args.data, args.limit))
+    with memory_advice("on the device; name another --device"):
+        model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else read_model(path, rt.device)
+    with ExitStack() as stack:
+        progress = None
+        if rt.is_main:
+            name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
+            print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
+            labels = np.array([example["label"] for example in examples])
+            bar = stack.enter_context(closing(Progress(0, len(examples), unit="example", plain=False)))
+            progress = running_accuracy(bar, labels)
+        stack.enter_context(memory_advice("on the device; lower --batch_tokens"))
+        stack.enter_context(rt.autocast())
+        return score(model, tokenizer, examples, rt, args.batch_tokens, progress)
+
+
 def main(argv=None):
     args = parse(HellaSwagConfig, argv, __doc__, problems)
-    rt = Runtime(*pick(args.device, args.dtype))
-    path = None if args.hf_model else find_checkpoint(args.checkpoint)
-    examples = load_examples(args.data, args.limit)
-    model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else read_model(path, rt.device)
-    name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
-    print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
-    labels = np.array([example["label"] for example in examples])
-    bar = Progress(0, len(examples), unit="example", plain=False)
-    with closing(bar), memory_advice("on the device; lower --batch_tokens"), rt.autocast():
-        progress = running_accuracy(bar, labels)
-        scores = score(model, tokenizer, examples, rt, args.batch_tokens, progress)
+    with start(args.device, args.dtype) as rt:
+        scores = evaluate(args, rt)
+    if not rt.is_main:
+        return
     try:
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)

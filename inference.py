@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import takewhile
+from pathlib import Path
 
 from support.cli import UserError, flag, parse, range_problems, run  # isort: split
 
@@ -87,7 +88,8 @@ def keep_top_p(logits, p):
     best, ids = probabilities.topk(min(MOST_NUCLEI, logits.size(-1)))  # the beginning of the sort, at a lower cost
     if best.sum(-1).min() < p:  # a larger nucleus needs the whole sort
         best, ids = probabilities.sort(-1, descending=True)
-    inside = best.cumsum(-1) - best < p  # the tokens before this one have not reached p; the first is always inside
+    before = best.cumsum(-1) - best  # the probability of the tokens before this one; 0 for the first
+    inside = (before < p) | (before == 0)  # a p near 0 is 0 in float32, and one token must stay
     keep = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, inside)
     return logits.masked_fill(~keep, -math.inf)
 
@@ -368,7 +370,7 @@ def problems(c: InferenceConfig) -> list[str]:
     if len(prompts) > 1:
         found.append(f"{' and '.join(prompts)} exclude each other")
     checks = [(pick_device, c.device)]
-    if c.prompt_file not in (None, "-"):
+    if c.prompt_file not in (None, "-") and not Path(c.prompt_file).is_fifo():  # a pipe can be read once only
         checks.append((read_text, c.prompt_file))
     for check, value in checks:
         try:
@@ -391,6 +393,7 @@ def text_waiting() -> str:
     """The text of stdin where it is a file or a pipe, else ''. The wait for a silent pipe is announced, and it ends:
     schedulers and ssh start programs with a pipe that nobody writes to or closes."""
     try:
+        os.read(0, 0)  # OSError where stdin cannot be read, as under nohup
         if os.isatty(0):
             return ""
         if not select.select([0], [], [], 0)[0]:
@@ -488,7 +491,8 @@ def main(argv=None):
         with contextlib.suppress(AttributeError):  # a notebook has other streams
             stream.reconfigure(encoding="utf-8", errors="replace")
     path = find_checkpoint(args.checkpoint)
-    model, tokenizer = read_model(path, device)
+    with memory_advice("on the device; name another --device"):
+        model, tokenizer = read_model(path, device)
     if args.dtype == "auto" and device.type == "cpu" and model.num_parameters() < SMALL:
         dtype = "float32"  # reading so few weights takes less time than converting x for each product
     print(f"checkpoint {path.parent.name}/{path.name} on {device} in {dtype}", file=sys.stderr)

@@ -33,7 +33,7 @@ def orthogonalize(x, steps=5):
 def orthogonalize_together(x):
     """`orthogonalize`, with the n matrices shared out to the processes of a run.
 
-    At 124M parameters it is as much work as training on 1,900 tokens, which eight processes would else do eight times.
+    At 124M parameters it is as much work as training on 1,900 tokens, which eight processes would otherwise each do.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
@@ -48,7 +48,7 @@ def orthogonalize_together(x):
 class Muon(torch.optim.AdamW):
     """AdamW, except for parameter groups with a key `parts`: Muon moves those.
 
-    `parts` is the number of square or oblong matrices that each of the group's parameters holds one below the other
+    `parts` is the number of matrices that each of the group's parameters holds one below the other
     (3 for queries, keys and values). A step has the root mean square 0.2 lr per entry, which is AdamW's usual one, so
     that learning rate and weight decay keep their meaning (Liu et al. 2025, arXiv 2502.16982).
     """
@@ -56,7 +56,6 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups, momentum=0.95, **adamw):
         super().__init__(groups, **adamw)
         self.momentum = momentum
-        self._step_supports_amp_scaling = False  # fp16's scaler is to skip a step as a whole, as it does for most
 
     def __setstate__(self, state):
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own looks for its keys everywhere

@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -305,17 +305,23 @@ def named_marker(path: Path, backend: Tokenizer) -> str | None:
 def fetch_from_hub(name: str) -> str:
     """Path of a hub model's tokenizer.json in the local cache, which is filled the first time.
 
-    tokenizer_config.json is fetched first: so where tokenizer.json is, nothing is missing."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+    tokenizer_config.json comes with it: other programs fetch tokenizer.json alone, which does not name the marker."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
     try:
-        try:
-            return hf_hub_download(name, FILE, local_files_only=True)  # no network once it is here
-        except LocalEntryNotFoundError:
-            with suppress(RemoteEntryNotFoundError):  # not every model has one
+        kept = try_to_load_from_cache(name, FILE)  # no network once both are here
+        if try_to_load_from_cache(name, CONFIG) is None:
+            try:
                 hf_hub_download(name, CONFIG)
-            return hf_hub_download(name, FILE)
+            except RemoteEntryNotFoundError:  # not every model has one; the cache remembers that, too
+                pass
+            except Exception:
+                if kept is None:
+                    raise
+                print(f"warning: {CONFIG} of {name!r} could not be fetched; if the end of text has another name than "
+                      f"{', '.join(END_OF_TEXT)}, name it: --eot_token", file=sys.stderr)  # fmt: skip
+        return kept or hf_hub_download(name, FILE)
     except HFValidationError as error:
         raise UserError(f"tokenizer {name!r}: no such file or folder, and not a name on the hub") from error
     except Exception as error:  # each cause has an error of its own

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from support.cli import UserError, refuse, run  # isort: split
+from support.cli import UserError, one_line, refuse, run  # isort: split
 
 import torch
 
@@ -218,7 +218,7 @@ def train_step(c: TrainConfig, rt, net: Net, batch, at: Position):
     net.scaler.update()
     net.optimizer.zero_grad(set_to_none=True)
     at = Position(at.step + 1, at.samples_seen + c.global_batch, at.seconds)
-    numbers = rt.read_later(torch.cat([sums, norm.to(sums).reshape(1)]))
+    numbers = rt.read_later(torch.cat([sums, runtime.in_float64(norm, sums.device).reshape(1)]))
     return at, StartedStep(at, lr, batch.samples_seen, batch.n_targets, net.scaler.is_enabled(), numbers)
 
 
@@ -417,9 +417,10 @@ def main(argv=None) -> int:
     except RuntimeError as error:
         if not runtime.lost_peer(error):
             raise
+        why = str(error).split("Exception raised from")[0].rpartition("Last error:")[2]  # NCCL's own reason, if any
         raise UserError(
-            f"another process of this run is gone or has not answered for --timeout {config.timeout:g} seconds "
-            f"({str(error).splitlines()[0]}); saved checkpoints are intact: start all processes again"
+            f"another process of this run is gone, has not answered for --timeout {config.timeout:g} seconds, or "
+            f"cannot connect ({one_line(why)}); saved checkpoints are intact: start all processes again"
         ) from error
     if result.get("signal"):
         return 128 + result["signal"]

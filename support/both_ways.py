@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from support.cli import UserError
+from support.runtime import sync_gradients
 
 
 def refuse_wrong_products(net, rt, batch_size, dropout):
@@ -14,19 +15,21 @@ def refuse_wrong_products(net, rt, batch_size, dropout):
     torch 2.11 compiled the gradients of an earlier version of this model to zeros, and had wrong products in half
     precision on MPS (pytorch issue 180776); the loss looked right. `net` has model, step_model and optimizer; its
     weights and gradients and torch's random state stay as they are. batch_size: rows of a micro-batch."""
-    step_model = getattr(net.step_model, "module", net.step_model)  # DDP's
+    compiled = getattr(net.step_model, "module", net.step_model) is not net.model  # module: DDP's
     half = rt.device.type == "mps" and rt.dtype != "float32"
-    if step_model is net.model and not half:
+    if not (compiled or half):
         return
     config = net.model.config
     tokens = torch.arange(batch_size * (config.block_size + 1), device=rt.device) * 7919 % config.valid_vocab_size
     tokens = tokens.view(batch_size, -1)
-    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    # with the strides of a training batch, one row too, so that the code compiled here is the one that trains
+    x, y = (t.clone(memory_format=torch.contiguous_format) for t in (tokens[:, :-1], tokens[:, 1:]))
 
     def both(model, precision):
-        with precision:
-            loss = model(x, y) / y.numel()
-        loss.backward()
+        with sync_gradients(model, now=False):  # entered through DDP, for which the compiler divides the graph
+            with precision:
+                loss = model(x, y) / y.numel()
+            loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in net.model.parameters()])
         net.optimizer.zero_grad(set_to_none=True)
         return float(loss.detach()), float(norm)
@@ -34,7 +37,7 @@ def refuse_wrong_products(net, rt, batch_size, dropout):
     net.step_model.train()
     kept = net.model.grad_checkpoint
     with torch.random.fork_rng([rt.device] if rt.device.type == "cuda" else []):
-        loss, norm = both(step_model, rt.autocast())
+        loss, norm = both(net.step_model, rt.autocast())
         net.model.grad_checkpoint = True  # eager code takes more memory than compiled code
         try:
             plain_loss, plain_norm = both(net.model, nullcontext() if half else rt.autocast())

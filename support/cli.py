@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for flag in (arg.removesuffix("=--") for arg in args if arg.startswith("--") and arg.endswith("=--")):
+        for flag in (arg.removesuffix("=--") for arg in args if re.fullmatch("--[^=]*=--", arg)):
             self.error(f"argument {flag}: -- is no value")  # argparse would make an empty list of it
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:

@@ -91,7 +91,7 @@ def fetch_rest(url, part, at_most=None):
                 f.truncate()
                 os.fsync(f.fileno())
     except requests.ConnectionError as error:
-        raise Failed("no connection, or it broke off") from error
+        raise Failed(f"no connection, or it broke off ({type(error).__name__})") from error
     except requests.RequestException as error:
         raise Failed(type(error).__name__) from error
     if at_most is not None and size_of(part) > at_most:

@@ -49,6 +49,10 @@ def write_whole(path, *parts):
     path = Path(path)
     if not path.name:  # "." or "/"
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device is written to, not replaced
+        with open(path, "wb") as f:
+            f.writelines(parts)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
     try:
         with open(temporary, "wb") as f:

@@ -257,6 +257,14 @@ def optimizer_step(optimizer, skip):
         optimizer.step()
 
 
+def in_float64(value, device):
+    """A number or a tensor as a float64 tensor on the device. It is moved first and converted then: MPS has no float64,
+    and torch would convert it there."""
+    if not torch.is_tensor(value):
+        return torch.full((), float(value), dtype=torch.float64, device=device)
+    return value.to(device).double()
+
+
 # ---------------------------------------------------------------------------------------
 # One process of a run.
 
@@ -307,10 +315,8 @@ class Runtime:
     def sum(self, *values):
         """Each value (number or one-element tensor) summed over ranks: a float64 tensor, on CUDA where CUDA is used,
         so that Python need not wait for the GPU."""
-        device = self.device if self.device.type == "cuda" else "cpu"  # MPS has no float64
-        options = dict(dtype=torch.float64, device=device)
-        parts = [v.to(**options) if torch.is_tensor(v) else torch.full((), float(v), **options) for v in values]
-        return self.reduce(torch.stack(parts))
+        device = self.device if self.device.type == "cuda" else "cpu"
+        return self.reduce(torch.stack([in_float64(v, device) for v in values]))
 
     def read_later(self, tensor):
         """A function that returns the tensor's values as a list, and waits for a GPU only when it is called."""
@@ -409,6 +415,8 @@ def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Run
         torch.cuda.set_device(device)
     tune(device)
     if world > 1:
+        if device.type == "mps":
+            raise UserError("several processes cannot train on MPS; start one, or add --device cpu")
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout)
         dist.init_process_group(backend, store=store_of_attempt(timeout), rank=rank, world_size=world, timeout=timeout)
     return Runtime(device, pick_dtype(dtype, device), rank, local, world)
@@ -549,8 +557,9 @@ def end_with_parent():
 
 
 def out_of_memory(error) -> bool:
-    """Whether the device has no memory left; a CPU's allocator has no exception type of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether the device has no memory left; not every library has an exception type of its own for it."""
+    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of a CPU; CUDA and NCCL; cuBLAS
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as train_module
 from auto_watch import FORCED, LeftToAuto
@@ -188,6 +190,43 @@ def test_a_lost_process_is_one_line_that_names_the_timeout(text, monkeypatch):
     monkeypatch.setattr(train_module, "train", fails_with(text))
     with pytest.raises(UserError, match=r"another process of this run is gone.*--timeout 77 seconds"):
         train_module.main(["--timeout", "77"])
+
+
+@pytest.mark.parametrize("reason", ["Duplicate GPU detected : rank 1 and rank 0", "No space left on device (28)"])
+def test_what_nccl_says_is_quoted_to_its_end(reason, monkeypatch):
+    """Bug: its first line says "unhandled system error"; the reason, below it, was left out."""
+    text = f"NCCL error in: /c10d/NCCLUtils.cpp:93, unhandled system error\nncclSystemError: ...\nLast error:\n{reason}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train_module, "train", fails_with(f"{text}\nException raised from x (most recent call first)"))
+    with pytest.raises(UserError, match=re.escape(f"({reason})")):
+        train_module.main([])
+
+
+class LikeMPS(TorchDispatchMode):
+    """A meta tensor stands for one of MPS: where that is converted to float64, torch raises, or gives zeros."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].is_meta:
+            if kwargs.get("dtype") == torch.float64:
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+            return torch.ones(args[0].shape, dtype=args[0].dtype)  # on the CPU
+        return function(*args, **kwargs)
+
+
+def test_mps_is_never_asked_for_float64():
+    """Bug: training on a Mac ended at its first step (pytorch issue 197715)."""
+    with LikeMPS():
+        there = torch.zeros((), device="meta")
+        assert runtime.Runtime(CPU, "float32").sum(there, 5, False).tolist() == [1, 5, 0]
+
+
+def test_several_processes_on_mps_are_one_line(monkeypatch):
+    """Bug: a traceback of gloo, which does not know MPS."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runtime, "pick_device", lambda name: torch.device("mps"))
+    with pytest.raises(UserError, match="add --device cpu"):
+        runtime.start("auto", "float32")
 
 
 @pytest.mark.parametrize("world, text", [*(("2", text) for text in OWN), *(("1", text) for text in LOST)])

@@ -619,37 +619,30 @@ def hub(monkeypatch, tmp_path):
 def test_hub_out_of_reach_says_which_file_to_put_where(monkeypatch, hub):
     """Guards the first run without a network: what to fetch, where to put it, which flag names it."""
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     calls = []
 
-    def out_of_reach(name, file, local_files_only=False):
-        calls.append((name, file, local_files_only))
-        raise LocalEntryNotFoundError("absent") if local_files_only else ConnectionError("no route\nto host")
+    def out_of_reach(name, file):
+        calls.append((name, file))
+        raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", out_of_reach)
     refused("gpt2", "'gpt2'", "tokenizer.json", "vocab.json and merges.txt", "folder", "--tokenizer")
-    assert calls == [("gpt2", "tokenizer.json", True), ("gpt2", "tokenizer_config.json", False)]
+    assert calls == [("gpt2", "tokenizer_config.json")]
 
 
 def test_from_the_hub_the_configuration_comes_first(monkeypatch, hub, byte_tokenizer, tmp_path):
     """Guards against a fetch that is cut between the two files: with tokenizer.json alone in the cache, the next start
     would take another end of text. A model without a configuration is none of that."""
-    import httpx
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     byte_tokenizer.save(tmp_path)
     there, calls = set(), []
 
-    def fetch(name, file, local_files_only=False):
-        if local_files_only:
-            raise LocalEntryNotFoundError("absent")
+    def fetch(name, file):
         calls.append(file)
         if file not in there:
-            raise RemoteEntryNotFoundError(
-                "404", response=httpx.Response(404, request=httpx.Request("GET", "http://x"))
-            )
+            raise not_there()
         return str(tmp_path / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
@@ -660,6 +653,13 @@ def test_from_the_hub_the_configuration_comes_first(monkeypatch, hub, byte_token
         assert calls == ["tokenizer_config.json", "tokenizer.json"]
 
 
+def not_there():
+    import httpx
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    return RemoteEntryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "http://x")))
+
+
 def test_hub_switched_off_says_which_file_to_put_where(monkeypatch, hub):
     """Guards the same through the real library, in its offline mode and with an empty cache."""
     import huggingface_hub
@@ -668,14 +668,15 @@ def test_hub_switched_off_says_which_file_to_put_where(monkeypatch, hub):
     refused("some/model", "'some/model'", "tokenizer.json", "--tokenizer")
 
 
-def in_cache(hub, name, contents):
-    """The file where the hub's library keeps it."""
+def in_cache(hub, name, **contents):
+    """Files where the hub's library keeps them."""
     repository = hub / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
-    (snapshot / "tokenizer.json").write_text(contents, encoding="utf-8")
+    for file, content in contents.items():
+        (snapshot / f"{file}.json").write_text(content, encoding="utf-8")
 
 
 def test_cached_tokenizer_needs_no_network(monkeypatch, hub, byte_tokenizer):
@@ -683,15 +684,34 @@ def test_cached_tokenizer_needs_no_network(monkeypatch, hub, byte_tokenizer):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # so that only we can avoid the network
-    in_cache(hub, "some/model", byte_tokenizer.backend.to_str())
+    in_cache(hub, "some/model", tokenizer=byte_tokenizer.backend.to_str(), tokenizer_config="{}")
     tokenizer = load_tokenizer("some/model")
     same(tokenizer, byte_tokenizer)
     assert tokenizer.name == "some/model"
 
 
+@pytest.mark.parametrize("error", [not_there(), ConnectionError("no route")])
+def test_a_cached_file_that_came_alone_asks_for_the_configuration(error, monkeypatch, hub, byte_tokenizer, capsys):
+    """Bug: other programs put tokenizer.json alone into the cache, and the end of text then was another one than on the
+    next machine, in silence."""
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, file):
+        asked.append(file)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    in_cache(hub, "some/model", tokenizer=byte_tokenizer.backend.to_str())
+    same(load_tokenizer("some/model"), byte_tokenizer)
+    assert asked == ["tokenizer_config.json"]
+    assert ("--eot_token" in capsys.readouterr().err) == isinstance(error, ConnectionError)
+
+
 def test_damaged_file_in_the_cache_is_named(hub, byte_tokenizer):
     """Guards a download that was cut short: the message names the file to delete."""
-    in_cache(hub, "some/model", byte_tokenizer.backend.to_str()[:1000])
+    in_cache(hub, "some/model", tokenizer=byte_tokenizer.backend.to_str()[:1000], tokenizer_config="{}")
     refused("some/model", os.sep.join(("models--some--model", "snapshots")), "not a tokenizer that can be read")
 
 

@@ -16,12 +16,16 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import checkpoint
 import plot_run
 import train as train_module
+from model import GPT, GPTConfig
+from support.both_ways import refuse_wrong_products
 from support.cli import UserError, run
 from support.files import read_json
+from support.runtime import Runtime
 from support.tracking import read_rows
 from toy import ROOT, as_flags, losses, start, trace, vals, wait_for_step
 from train import PRESETS, TrainConfig, lr_at, parse, problems, train
@@ -65,6 +69,7 @@ def test_linear_schedule_is_warm_up_then_constant_then_a_straight_line():
     half = replace(c, max_steps=5, warmup_frac=0.5, decay_frac=0.5)  # 2.5 steps each
     assert [lr_at(step, half) for step in range(5)] == pytest.approx([0.5, 1.0, 1.0, 0.6, 0.2])
     assert lr_at(19, replace(c, min_lr=None)) == pytest.approx(0.1), "by default a tenth of lr"
+    assert TrainConfig("small", lr=1e-2).last_lr == 0, "bug: a preset's end at zero was lost with another --lr"
     assert problems(replace(c, device="cpu", warmup_frac=0.7)) == [
         "--warmup_frac 0.7 and --decay_frac 0.4 together exceed 1; lower one"
     ]
@@ -510,6 +515,43 @@ def test_the_check_of_the_compiler_moves_no_number(toy, monkeypatch, dropout):
     again = replace(toy, run_name="again", compile="on")
     train(again)
     assert trace(again) == trace(toy)
+
+
+class Graphs(list):
+    """A backend of torch.compile that only notes the graphs that it is given."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        real = torch.compile
+        torch.compiler.reset()
+        monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=self))
+
+    def __call__(self, graph, inputs):
+        self.append(graph)
+        return aot_eager(graph, inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_code_that_is_checked_is_the_code_that_trains(toy, monkeypatch, rows):
+    """Bug: with one row, the check's batch had other strides; the step was compiled again, and nothing checked that."""
+    graphs = Graphs(monkeypatch)
+    train(replace(toy, compile="on", batch_size=rows, max_steps=2, eval_interval=0, sample_interval=0))
+    assert len(graphs) == 1
+
+
+def test_the_check_lets_the_compiler_divide_the_graph_for_ddp(monkeypatch):
+    """Bug: compiled outside of DDP the model was one graph, so no gradient was sent before all of them were there."""
+    graphs = Graphs(monkeypatch)
+    config = GPTConfig(block_size=8, vocab_size=64, valid_vocab_size=60, n_layer=4, n_head=2, n_embd=128, dropout=0.0)
+    model = GPT(config)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        step_model = torch.nn.parallel.DistributedDataParallel(torch.compile(model), bucket_cap_mb=1)
+        net = train_module.Net(model, step_model, torch.optim.AdamW(model.parameters()), None)
+        refuse_wrong_products(net, Runtime(torch.device("cpu"), "float32"), batch_size=2, dropout=0.0)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) > 1 and all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])

@@ -704,6 +704,23 @@ def test_command_line(command_line, tmp_path, capsys, model, tokenizer):
         assert [line["choices"][name] for line in lines] == choice.tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_share_the_batches_of_the_command(command_line, tmp_path, capsys, model, tokenizer):
+    """Bug: under torchrun each process scored all examples, and all of them wrote the same file."""
+    state = {"step": 0, "samples_seen": 0, "seconds": 0.0, "identity": {}, "config": {}, "scaler": None}
+    tensors = {checkpoint.MODEL: model.state_dict(), checkpoint.OPTIMIZER: {}}
+    path = checkpoint.write_checkpoint(tmp_path / "run", 0, model.config, tensors, state, tokenizer)
+    flags = ["--device", "cpu", "--dtype", "float32", "--data", tmp_path / "some.jsonl", "--batch_tokens", "300"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, hs.__file__, "--checkpoint", path, *flags, "--json", tmp_path / "two.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("harness acc_norm") == 1 and done.stderr.count("on cpu in float32") == 1
+    assert command_line("--batch_tokens", "300", "--json", str(tmp_path / "one.jsonl")) == 0
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
 def test_neither_file_nor_table_costs_the_other(command_line, tmp_path, capsys, monkeypatch):
     """Bugs: the table cannot be printed and the scores were not written yet; or the other way round."""
     assert command_line("--json", str(tmp_path / "some.jsonl" / "x")) == 2  # below a file
@@ -733,6 +750,9 @@ def test_out_of_memory_names_the_flag(command_line, model, monkeypatch, capsys):
     monkeypatch.setattr(model, "features", features)
     assert command_line() == 2
     assert "lower --batch_tokens" in capsys.readouterr().err
+    monkeypatch.setattr(hs, "read_model", features)
+    assert command_line() == 2
+    assert "name another --device" in capsys.readouterr().err, "bug: a traceback where the model alone is too large"
 
 
 def test_bar_counts_complete_examples():

@@ -31,7 +31,11 @@ def main():
     parser.add_argument("--max_steps", type=int, default=100, help="optimizer steps (100)")
     args = parser.parse_args()
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.exported), AutoTokenizer.from_pretrained(args.exported)
+    model = AutoModelForCausalLM.from_pretrained(args.exported, dtype=torch.float32)  # also if stored in 16 bits
+    tokenizer = AutoTokenizer.from_pretrained(args.exported)
+    rows = rows_of(args.texts, tokenizer, model.config.max_position_embeddings)
+    if not rows:
+        parser.error(f"the texts are shorter than one context of {model.config.max_position_embeddings} tokens")
     how = TrainingArguments(
         args.tuned,
         max_steps=args.max_steps,
@@ -42,7 +46,7 @@ def main():
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(model, how, train_dataset=rows_of(args.texts, tokenizer, model.config.max_position_embeddings))
+    trainer = Trainer(model, how, train_dataset=rows)
     trainer.train()
     trainer.save_model(args.tuned)
     tokenizer.save_pretrained(args.tuned)

@@ -84,6 +84,7 @@ def test_wrong_types_from_python(values, expected):
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["--steps"], "argument --steps: expected one argument"),
     (["--steps=--"], "argument --steps: -- is no value"),
+    (["--zzz=a=--"], "unrecognized arguments: --zzz=a=--"),
 ])  # fmt: skip
 def test_a_wrong_flag_is_one_line(argv, words, capsys):
     """Bugs: a page of usage; an abbreviation that is taken for another flag; no hint at the right name."""

@@ -144,6 +144,7 @@ def test_nucleus_is_the_smallest_set_even_with_ties():
     logits = torch.zeros(1, 10)
     assert inference.keep_top_p(logits, 0.55).isfinite().sum() == 6
     assert inference.keep_top_p(logits, 1e-9).isfinite().sum() == 1
+    assert inference.keep_top_p(logits, 1e-50).isfinite().sum() == 1, "bug: 0 in float32, and no token was left"
 
 
 def test_draws_follow_the_distribution():
@@ -601,6 +602,40 @@ def stdin():
         yield pipe
     os.dup2(saved, 0)
     os.close(saved)
+
+
+def test_a_pipe_named_as_the_prompt_is_read_once(tmp_path, command):
+    """Bug: a pipe, as in `--prompt_file <(...)`, was read by the check of the flags, and the prompt was empty."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("hello",))
+    writer.start()
+    code, out, _ = command(
+        "--json", "--preset", "greedy", "--max_new_tokens", "1", "--prompt_file", str(tmp_path / "pipe")
+    )
+    writer.join()
+    assert code == 0 and json.loads(out)["prompt"] == "hello"
+
+
+def test_stdin_that_cannot_be_read_is_no_prompt():
+    """Bug: nohup gives a program in a terminal a stdin that is open for writing only; it ended with an error."""
+    saved, nohup = os.dup(0), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nohup, 0)
+    try:
+        assert inference.read_prompt(InferenceConfig(device="cpu")) == inference.DEFAULT_PROMPT
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved), os.close(nohup)
+
+
+def test_a_model_that_does_not_fit_is_one_line(command, monkeypatch):
+    """Bug: sampling beside a training that fills the card ended in a traceback while the model was loaded."""
+
+    def read_model(path, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(inference, "read_model", read_model)
+    code, _, err = command("--prompt", "a")
+    assert code == 2 and "out of memory" in err and "--device" in err
 
 
 def test_silent_open_stdin_does_not_hang(stdin, monkeypatch, capsys):

@@ -207,6 +207,15 @@ def test_a_flush_that_a_file_system_lacks_is_done_without(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_pipe_that_is_named_as_a_file_is_written_to(tmp_path):
+    """Bug: it was replaced by a file, and its reader waited for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        write_whole(tmp_path / "pipe", b"whole")
+        assert reader.communicate(timeout=60)[0] == b"whole"
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_folder_that_cannot_be_opened_is_not_flushed(tmp_path, monkeypatch, capsys):
     """Bug: a folder that one may write to and not read (a drop box) could not be written to."""
 

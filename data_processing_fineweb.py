@@ -197,7 +197,8 @@ def find_shards(directory, split) -> tuple[list[Shard], dict]:
         return open_manifest(directory, manifest), manifest
     if (directory / "tokenizer").is_dir():  # prepare_fineweb begins with the tokenizer and ends with the manifest
         raise UserError(f"{directory}: prepare_fineweb.py did not finish here; run it again")
-    paths = sorted((p for p in directory.iterdir() if p.suffix in (".npy", ".bin") and p.is_file()), key=natural)
+    visible = [p for p in directory.iterdir() if not p.name.startswith(".")]  # a system hides files such as ._x.npy
+    paths = sorted((p for p in visible if p.suffix in (".npy", ".bin") and p.is_file()), key=natural)
     marked = {word: [p for p in paths if word in re.split(r"[^a-z]+", p.name)] for word in ("train", "val")}
     if any(marked.values()):
         paths = marked[split]

@@ -27,7 +27,7 @@ from support.cli import UserError
 from support.files import read_json, write_json
 from support.rows import Wanted, format_of, rows_of
 from support.tracking import Progress
-from support.workers import LOST, open_workers, stopped
+from support.workers import LOST, cores, open_workers, stopped
 from tokenizer import load_tokenizer, replace_surrogates
 
 BYTES_PER_TOKEN = 2  # of a source file, at the least: 2.8 in FineWeb-Edu's parquet, 4.6 in plain English text
@@ -36,6 +36,7 @@ CHECK_CHARS = 100_000  # longest text of which the fast tokenizer's ids are comp
 CHECKED = 0.001  # part of the documents
 BAR_SECONDS, LINE_SECONDS = 1, 60  # between two signs of progress: on a terminal, and in a log
 REASONS = ("none", "empty", "whitespace", "language", "no_score", "low_score", "in_validation")  # to leave a text out
+FACTS_LIMIT = 2**32  # bytes of a piece's facts; 38 of them are the digest of a document that validates
 LENGTHS = sorted({round(2 ** (i / 4)) for i in range(128)})  # tokens; lower ends of the histogram's bins
 
 
@@ -247,7 +248,7 @@ def saved_tokenizer(folder, plan):
 @lru_cache(1)
 def digests_of(out_dir, n_val, plan) -> frozenset:
     """The digests of the texts in the first `n_val` pieces, those of --val_files."""
-    return frozenset(d for i in range(n_val) for d in read_json(facts_path(out_dir, i))["digests"])
+    return frozenset(d for i in range(n_val) for d in read_facts(out_dir, i)["digests"])
 
 
 def split_directories(out_dir) -> dict[str, Path]:
@@ -258,10 +259,14 @@ def facts_path(out_dir, number) -> Path:
     return Path(out_dir, "pieces", f"{number:06d}.json")
 
 
+def read_facts(out_dir, number) -> dict:
+    return read_json(facts_path(out_dir, number), FACTS_LIMIT)
+
+
 def facts_of(c, number, plan, last_parts) -> dict | None:
     """The facts of a piece that is done and whose shards are there, else None."""
     try:
-        facts = read_json(facts_path(c.out_dir, number))
+        facts = read_facts(c.out_dir, number)
         for split, directory in split_directories(c.out_dir).items():
             for entry in facts.get(split, {}).get("shards", []):
                 shard = open_shard(directory / entry["name"])
@@ -379,8 +384,3 @@ def part_of(c) -> tuple[int, int]:
     """--pieces I:N as numbers; (0, 0) if it is something else."""
     found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", c.pieces)
     return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -251,6 +251,10 @@ def prepare(c: PrepareConfig) -> dict[str, dict]:
         forget_pieces(directories)  # there are some if that run was killed at the very end
         return summarize(directories, manifests)
     with only_writer(directories, WAIT_SECONDS if c.pieces else LOCK_SECONDS):
+        # another command may have finished while this one waited for the lock
+        manifests = None if c.restart else already_prepared(directories, recipe)
+        if manifests:
+            return summarize(directories, manifests)
         plan, pieces = plan_and_pieces(c, directories, recipe, files)
         if not c.pieces:
             return summarize(directories, finish(c, directories, plan, make_all(c, pieces, plan)))

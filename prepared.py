@@ -19,7 +19,7 @@ from tokenizer import load_tokenizer
 PLAN, PICTURE, ANEW = "pieces/plan.json", "document_lengths.png", "begin anew with --restart"
 OURS = re.compile(  # what this script writes into its two folders
     rf"fineweb_(train|val)_\d{{6,}}(_\d{{6,}})?\.npy|{MANIFEST}|{PICTURE}|pieces/(\d{{6,}}|plan)\.json"
-    r"|tokenizer/tokenizer(_config)?\.json|(pieces/|tokenizer/)?\..+\.(tmp|unfinished)"
+    r"|tokenizer/tokenizer(_config)?\.json|(pieces/|tokenizer/)?\.[^/]+\.(tmp|unfinished)"
 )
 
 
@@ -38,7 +38,7 @@ def differences(there, now, name=""):
 
 
 def refuse_other(directory, what, there, recipe):
-    """UserError if anything of the recipe is otherwise there."""
+    """UserError if the recipe there differs in anything."""
     found = sorted(set(differences({key: there.get(key) for key in recipe}, recipe)))
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
@@ -46,12 +46,12 @@ def refuse_other(directory, what, there, recipe):
 
 
 def already_prepared(directories, recipe) -> dict | None:
-    """The manifests if both splits are complete, else None. UserError if one was made otherwise. Nothing is written."""
+    """The manifests if both splits are complete, else None. UserError if one has another recipe. Nothing is written."""
     manifests = {}
     for split, directory in directories.items():
         if (directory / MANIFEST).exists():
             manifests[split] = find_shards(directory, split)[1]
-            refuse_other(directory, "already holds shards made otherwise", manifests[split], recipe)
+            refuse_other(directory, "already holds shards of another recipe", manifests[split], recipe)
             refuse_damaged(directory / MANIFEST, manifests[split])
     return manifests if len(manifests) == len(directories) else None
 
@@ -73,7 +73,7 @@ def read_plan(directories, recipe) -> dict | None:
         return None
     plan = read_json(path)
     if any(path.parent.glob("[0-9]*.json")):
-        refuse_other(directories["train"], "was begun otherwise", plan, recipe)
+        refuse_other(directories["train"], "was begun with another recipe", plan, recipe)
     elif any(differences({key: plan.get(key) for key in recipe}, recipe)):
         return None  # and no piece is made yet that could be lost
     if any(differences(plan.get("tokenizer"), describe_tokenizer(load_tokenizer(kept)))):
@@ -116,8 +116,9 @@ def files_in(directories) -> dict[Path, str]:
 
 
 def refuse_foreign(directories):
-    """UserError if something is there that this script did not write, and so must not delete."""
-    foreign = [path for path, name in files_in(directories).items() if not OURS.fullmatch(name)]
+    """UserError if something is there that this script did not write, and so must not delete. Hidden files may be
+    there: systems write them unasked, such as .DS_Store and .nfs0001."""
+    foreign = [p for p, name in files_in(directories).items() if not OURS.fullmatch(name) and "/." not in f"/{name}"]
     if foreign:
         there = ", ".join(map(str, foreign[:5]))
         raise UserError(f"{there}: this script did not write that, and does not mix its files with others; name "

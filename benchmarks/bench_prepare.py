@@ -38,7 +38,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 
 import numpy as np
 
-from pieces import cores
+from support.workers import cores
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "prepare_fineweb.py"

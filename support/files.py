@@ -18,7 +18,7 @@ from pathlib import Path
 from support.cli import UserError
 
 UNFINISHED = ".tmp"  # suffix of a file that is being written
-JSON_LIMIT = 64 * 2**20  # bytes, far more than any JSON file of this project has
+JSON_LIMIT = 64 * 2**20  # bytes, far more than a JSON file of this project has; the facts of a piece may have more
 
 # The errors of a call that a file system does not know or does not allow; not those of a full or failing disk.
 UNSUPPORTED = {
@@ -124,12 +124,12 @@ def write_json(path, value):
         write_whole(path, content)
 
 
-def read_json(path) -> dict:
-    """The JSON object in a file. UserError names the file if it is missing, huge, or not an object."""
+def read_json(path, limit=JSON_LIMIT) -> dict:
+    """The JSON object in a file. UserError names the file if it is missing, not an object, or above `limit` bytes."""
     path = Path(path)
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes; a JSON file of this project is far smaller")
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: {path.stat().st_size:,} bytes; expected at most {limit:,}")
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

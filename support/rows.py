@@ -64,7 +64,7 @@ def find_files(flag_name, patterns) -> list[File]:
                 try:
                     about = os.stat(path)
                 except OSError as error:
-                    if error.errno == errno.ELOOP:  # a folder that a link in it leads back to, once too often
+                    if error.errno == errno.ELOOP:  # a link that leads back to its own folder: a circle
                         continue
                     raise UserError(f"--{flag_name} {path}: cannot be read ({error.strerror})") from error
                 found.setdefault((about.st_dev, about.st_ino), File(path, about.st_size))

@@ -28,6 +28,11 @@ def open_workers(engine="local", n=1, start_method="spawn", ray_address=None):
             yield pool, n
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def stopped() -> bool:
     """Whether a function that takes long may end: its result is not wanted any more."""
     return stopping is not None and stopping.is_set()

@@ -635,12 +635,14 @@ print((peak - base) // 2**20)
     "name, kind", [("edufineweb_{}_{:06d}.npy", "<u2"), ("fineweb_{}_{:06d}.bin", "<u2"), ("fineweb_{}_{}.bin", "<u4")]
 )
 def test_shards_of_other_projects_are_read_as_they_are(tmp_path, name, kind):
-    """Bugs: build-nanogpt's and llm.c's folders refused, their validation shard trained on, a header read as tokens."""
+    """Bugs: build-nanogpt's and llm.c's folders refused, their validation shard trained on, a header read as tokens; a
+    hidden file of the system taken for a shard."""
     top = 100_000 if kind == "<u4" else 0
     save(tmp_path / name.format("val", 0), range(top + 500, top + 540), kind)
     save(tmp_path / name.format("train", 1), range(top, top + 30), kind)
     save(tmp_path / name.format("train", 2), range(top + 30, top + 61), kind)
     (tmp_path / "README.txt").write_text("not a shard")
+    (tmp_path / f"._{name.format('train', 1)}").write_text("not a shard either")
     for split, stream in (("train", range(top, top + 61)), ("val", range(top + 500, top + 540))):
         dataset = FineWebDataset(tmp_path, 8, split=split)
         assert dataset.manifest == {} and dataset.n_tokens == len(stream)

@@ -29,6 +29,7 @@ from data_processing_fineweb import MANIFEST, FineWebDataset, verify_shards
 from prepare_fineweb import PrepareConfig, prepare_demo
 from support import demo_corpus, workers
 from support.cli import UserError, run
+from support.files import JSON_LIMIT
 from support.rows import File, stamps
 from test_tokenizer import tiktoken_from
 from tokenizer import load_tokenizer, train_tokenizer
@@ -708,7 +709,7 @@ def test_an_unfinished_run_is_not_continued_otherwise(unfinished, capsys):
         (["--text_column", "id"], ["text_column there 'text', now 'id'"]),
     ]:
         line = refused(capsys, *unfinished, *change)
-        assert all(word in line for word in ["was begun otherwise", "--restart", *says]), line
+        assert all(word in line for word in ["was begun with another recipe", "--restart", *says]), line
     assert contents("d") == before
     train_tokenizer(DOCS, 300).save(Path("d", "tokenizer"))
     assert "d/tokenizer: changed since this preparation began" in refused(capsys, *unfinished)
@@ -757,6 +758,35 @@ def test_parts_made_by_several_hosts(unfinished, capsys):
         assert not Path("d", MANIFEST).exists()
     assert command(capsys, *unfinished)[0] == 0
     assert finished_like_the_undisturbed()
+
+
+@pytest.mark.parametrize("more", [(), ("--pieces", "0:2")], ids=["", "pieces"])
+def test_what_another_command_finishes_meanwhile_is_kept(more, unfinished, capsys, monkeypatch):
+    """Bug: a command that had waited for the lock removed all shards and both manifests of the one that had it."""
+    only_writer, seen = prepare_fineweb.only_writer, {}
+
+    def while_another_finishes(*args):
+        monkeypatch.setattr(prepare_fineweb, "only_writer", only_writer)
+        assert command(capsys, *unfinished)[0] == 0
+        seen.update(times(Path()))
+        return only_writer(*args)
+
+    monkeypatch.setattr(prepare_fineweb, "only_writer", while_another_finishes)
+    assert command(capsys, *unfinished, *more)[0] == 0
+    assert seen and times(Path()) == seen and finished_like_the_undisturbed()
+
+
+def test_many_documents_that_validate_are_remembered(here, capsys):
+    """Bug: the facts of 1.8 million documents, 64 MiB, were never read again: the piece was made each time anew."""
+    flags = ["--local_files", write_jsonl("a.jsonl", DOCS), "--val_files", write_jsonl("v.jsonl", DOCS[:3])]
+    flags += ["--out_dir", "d"]
+    assert command(capsys, *flags, "--pieces", "0:2")[0] == 0
+    facts = Path("d", "pieces", "000000.json")
+    with open(facts, "a") as f:
+        f.write(" " * JSON_LIMIT)
+    assert command(capsys, *flags, "--pieces", "1:2")[0] == 0
+    assert facts.stat().st_size > JSON_LIMIT
+    assert json.loads(Path("d", "pieces", "000001.json").read_text())["skipped"]["in_validation"] == 3
 
 
 # --- the same command again
@@ -833,6 +863,16 @@ def test_nothing_is_deleted_from_a_directory_with_other_files(foreign, restart, 
     line = refused(capsys, *A, "--out_dir", "d", *restart)
     assert Path(foreign).parts[0] in line or path.name in line
     assert path.read_text() == "precious" and leftover.exists()
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "tokenizer/._x.json", ".git/x.tmp"])
+def test_hidden_files_of_the_system_neither_disturb_nor_are_deleted(name, here, capsys):
+    """Bug: a look into the folder with the Finder, and the next command is refused."""
+    path = Path("d", name)
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    assert command(capsys, "--local_files", write_jsonl("a.jsonl", DOCS), "--val_share", 0.15, "--out_dir", "d")[0] == 0
+    assert path.read_text() == "precious"
 
 
 # --- arguments

@@ -2,14 +2,15 @@
 
     python compare.py --name rates --seeds 3 --sweep lr=3e-3,1e-2,3e-2 -- --preset demo
     python compare.py --name optimizers --seeds 3 --arm "adamw: --optimizer adamw" --arm "muon:" -- --preset demo
-    python compare.py --name qk --seeds 3 --arm "base:" --arm "qk-norm: code=arms/qk_norm.patch" -- --preset demo
+    python compare.py --name qk-demo --seeds 3 --arm "base:" --arm "qk-norm: code=arms/qk_norm.patch" -- --preset demo
     python compare.py @benchmarks/recipe.args                  # all of that from a file
 
 An arm is a set of flags, or changed code, or both; the first one is the base. What follows `--` are flags that all arms
 share. Each arm is trained with each seed, as an ordinary run of train.py below comparisons/NAME/. One seed decides
 the order of the data and the first weights, in every arm alike, so arms are compared seed by seed (in pairs): what a
 seed does to all arms cancels in the difference. The same command goes on after a kill, and makes no finished run again.
-The code of all arms is copied when the comparison begins, so it may be edited while the runs go on.
+The code of all arms is copied when the comparison begins, so it may be edited while the runs go on. A patch that a
+later call adds changes that copy too.
 """
 
 from support import cli  # isort: split
@@ -30,6 +31,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import report
 import train
 from plot_run import arm_folder
@@ -37,8 +40,10 @@ from support import runtime
 from support.cli import UserError, flag
 from support.files import locked, read_json, write_json
 from support.tracking import Progress, duration, read_rows
+from support.workers import cores
 
 HERE = Path(__file__).parent
+UNCHANGED = "unchanged"  # in the folder code of a comparison: the code beside this file, as it was when it began
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class CompareConfig:
     arm: tuple[str, ...] = flag((), '"NAME: FLAGS" or "NAME: code=FOLDER|REVISION|PATCH FLAGS"; the first is the base')
     sweep: tuple[str, ...] = flag((), "FLAG=VALUE,VALUE,...: each arm once with each value; several: with each pair")
     seeds: str = flag("3", "how many seeds (1, 2, ...), or a list of them: 1337,7")
-    jobs: int = flag(0, "runs at the same time; 0: one per CUDA device, or one per two cores of a CPU", at_least=0)
+    jobs: int = flag(0, "runs at the same time; 0: one per CUDA device, else one on MPS, else one per two cores",
+        at_least=0)  # fmt: skip
     dir: str = flag("comparisons", "folder of all comparisons")
     dry_run: bool = flag(False, "say what would run, and for how long, and stop")
 
@@ -95,6 +101,9 @@ def all_arms(c: CompareConfig) -> list[Arm]:
         arms.append(Arm(name, (*arm.flags, *swept), arm.code))
     if len(arms) < 2:
         raise UserError("a comparison needs two arms: name them with --arm or --sweep")
+    for arm in arms:
+        if arm.code and arm_folder(arm.name) == UNCHANGED:
+            raise UserError(f"arm {arm.name!r}: that name is kept for the code that no arm changes; rename the arm")
     for one, other in itertools.combinations(arms, 2):
         if arm_folder(one.name) == arm_folder(other.name):
             raise UserError(f"arms {one.name!r} and {other.name!r}: their names must differ in letters or digits")
@@ -135,19 +144,24 @@ def version_of(arm: Arm) -> str | None:
         return None
     path = Path(arm.code)
     if not path.exists():
-        return git("rev-parse", "--verify", f"{arm.code}^{{commit}}").decode().strip()
+        try:
+            return git("rev-parse", "--verify", f"{arm.code}^{{commit}}").decode().strip()
+        except UserError as error:
+            raise UserError(
+                f"arm {arm.name!r}: code={arm.code}: found no file, no folder and no git revision of that name"
+            ) from error
     files = sources(path) if path.is_dir() else [path]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def copy_code(arm: Arm, target: Path):
-    """Writes the arm's code into `target`, whole or not at all."""
+def copy_code(arm: Arm, target: Path, base: Path):
+    """Writes the arm's code into `target`, whole or not at all. `base`: the code that a patch changes, a folder."""
     if target.exists():
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if arm.code is None or Path(arm.code).exists():
-        root = Path(arm.code) if arm.code and Path(arm.code).is_dir() else HERE
+        root = Path(arm.code) if arm.code and Path(arm.code).is_dir() else base
         for path in sources(root):
             copy = temporary / path.relative_to(root)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -173,16 +187,18 @@ def set_up(folder: Path, arms, common) -> dict:
     facts = read_json(file) if file.exists() else {"common": common, "arms": {}}
     if facts["common"] != common:
         raise UserError(f"{folder}: its runs have the flags {shlex.join(facts['common'])!r}; give a new --name")
+    unchanged = folder / "code" / UNCHANGED
+    copy_code(Arm(UNCHANGED), unchanged, HERE)
     for arm in arms:
         now = {"flags": list(arm.flags), "code": arm.code, "identity": version_of(arm)}
         if facts["arms"].setdefault(arm.name, now) != now:
             raise UserError(f"{folder}: arm {arm.name!r} is not what it was ({facts['arms'][arm.name]}); rename it")
-        copy_code(arm, code_of(folder, arm))
+        copy_code(arm, code_of(folder, arm), unchanged)
     return facts
 
 
 def code_of(folder, arm) -> Path:
-    return folder / "code" / (arm_folder(arm.name) if arm.code else "unchanged")
+    return folder / "code" / (arm_folder(arm.name) if arm.code else UNCHANGED)
 
 
 # ---------------------------------------------------------------------------------------
@@ -229,7 +245,8 @@ def config_of(folder, arm, common) -> dict:
             return vars(train.parse(flags))
         program = "import json, sys, train; print(json.dumps(vars(train.parse(sys.argv[1:]))))"
         env = os.environ | {"PYTHONPATH": str(code_of(folder, arm).resolve())}
-        done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True, env=env)
+        # -P: without it the current folder comes before PYTHONPATH, and may be the repository
+        done = subprocess.run([sys.executable, "-P", "-c", program, *flags], capture_output=True, text=True, env=env)
         if done.returncode:
             raise UserError(last_line(done.stderr))
         return json.loads(done.stdout.splitlines()[-1])
@@ -252,14 +269,27 @@ def last_line(text) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
+def cuda_names() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    n, given = runtime.cuda_devices(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [name.strip() for name in given.split(",")][:n] if given else [str(i) for i in range(n)]
+
+
+def jobs_at_once(cuda) -> int:
+    """What --jobs 0 means: a run per CUDA device, else one on MPS, else one per two cores."""
+    if cuda:
+        return len(cuda)
+    return 1 if torch.backends.mps.is_available() else max(1, cores() // 2)
+
+
 def start_run(r: Run, slot, jobs, cuda, lock) -> subprocess.Popen:
-    """The run's process; what it says is added to seed_N.log."""
+    """The run's process; what it says is added to seed_N.log. cuda: `cuda_names`."""
     r.directory.parent.mkdir(parents=True, exist_ok=True)
-    share = max(1, (os.cpu_count() or 1) // jobs)
-    env = os.environ | ({"CUDA_VISIBLE_DEVICES": str(slot % cuda)} if cuda else {"OMP_NUM_THREADS": str(share)})
+    share = max(1, cores() // jobs)
+    own = {"CUDA_VISIBLE_DEVICES": cuda[slot % len(cuda)]} if cuda else {"OMP_NUM_THREADS": str(share)}
     with open(r.directory.with_suffix(".log"), "a", encoding="utf-8") as log:
         return subprocess.Popen(
-            r.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env,
+            r.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | own,
             pass_fds=[lock.fileno()], preexec_fn=runtime.end_with_parent,
         )  # fmt: skip
 
@@ -278,7 +308,7 @@ def run_all(runs, jobs, cuda, lock) -> int:
                 r, slot = waiting.pop(0), free.pop(0)
                 going[slot] = (r, start_run(r, slot, jobs, cuda, lock))
             time.sleep(0.2)
-            if signals.received and not asked:  # once: a second signal would end a run before it has saved
+            if signals.received and not asked:  # once is enough: a run then ends its step and saves
                 asked = True
                 for _, process in going.values():
                     process.send_signal(signal.SIGTERM)
@@ -300,7 +330,11 @@ def conclude(r: Run, code, progress):
     elif code not in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM):  # stopped by us, to go on later
         log = r.directory.with_suffix(".log")
         r.error = last_line(log.read_text(encoding="utf-8", errors="replace"))
-        progress.say(f"{r.arm.name}, seed {r.seed}: failed with exit code {code}: {r.error} (all of it: {log})")
+        if code < 0:
+            often = " (often for lack of memory)" if -code == signal.SIGKILL else ""
+            r.error = f"killed by signal {-code}{often}, after: {r.error}"
+        how = f"failed with exit code {code}: {r.error}" if code > 0 else r.error
+        progress.say(f"{r.arm.name}, seed {r.seed}: {how} (all of it: {log})")
 
 
 def dry_run(runs, jobs) -> int:
@@ -323,8 +357,8 @@ def compare(c: CompareConfig, common) -> int:
     if not c.name or Path(c.name).name != c.name:
         raise UserError(f"--name is {c.name!r}; give the comparison a name that can be a folder's")
     folder = Path(c.dir) / c.name
-    cuda = runtime.cuda_devices()
-    jobs = c.jobs or cuda or max(1, (os.cpu_count() or 1) // 2)
+    cuda = cuda_names()
+    jobs = c.jobs or jobs_at_once(cuda)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock, locked(lock, lambda: f"{folder} is in use: runs of it are going on", 30):
         facts = set_up(folder, arms, common)

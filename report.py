@@ -2,9 +2,9 @@
 
     python report.py comparisons/NAME      # the table again, from the runs of it that are finished
 
-Runs of one seed see the same data in the same order and begin with the same weights, in every arm. So the arms are
-compared in pairs: the difference to the base is taken for each seed, and Student's t says how far the mean of these
-differences may be from the true one. What a seed does to all arms alike cancels in the difference.
+Runs of one seed see the same data in the same order and begin with the same weights, unless the arm changes them. So
+the arms are compared in pairs: the difference to the base is taken for each seed, and Student's t says how far the mean
+of these differences may be from the true one. What a seed does to all arms alike cancels in the difference.
 """
 
 import itertools
@@ -66,10 +66,11 @@ def smallest_shown(error, n, comparisons=1) -> float:
     """The true difference that n seeds find with the chance POWER, where a mean difference has this standard error and
     is the only one among several comparisons, so that Holm's test holds it against LEVEL / comparisons.
 
-    If there is a difference, t has a noncentral distribution; the one is looked for that lies beyond the critical
-    value with the chance POWER."""
+    If there is a difference, t has a noncentral distribution; this looks for the difference with which t exceeds the
+    critical value with the chance POWER."""
     critical = stats.t.ppf(1 - LEVEL / comparisons / 2, n - 1)
-    return error * optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - POWER, 0, 1000)
+    most = 2 * critical + 10  # enough for two seeds, which need 1.65 * critical
+    return error * optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - POWER, 0, most)
 
 
 def standard_error(values) -> float | None:
@@ -196,7 +197,8 @@ def notes(rows) -> list[str]:
     if compared:
         tables = "1 comparison" if len(compared) == 1 else f"{len(compared)} comparisons"
         said.append(f"{tables}: a false 'better' or 'worse' somewhere in {LEVEL:.0%} of such tables (Holm's test)")
-        n, error = compared[0]["seeds"], math.sqrt(statistics.fmean(d["error"] ** 2 for d in compared))
+        n = max(d["seeds"] for d in compared)
+        error = math.sqrt(statistics.fmean(d["error"] ** 2 for d in compared if d["seeds"] == n))
         if error:  # arms that are the same run scatter not at all
             least = smallest_shown(error, n, len(compared))
             said.append(f"{n} seeds find a difference of {least:.3f} {POWER:.0%} of the time")

@@ -40,7 +40,7 @@ def test_each_applies_to_the_code_and_says_what_it_is(name, tmp_path, monkeypatc
     assert re.search(r"^Source: .*(arXiv \d{4}\.\d{5}|nanochat)", head, re.M) and len(head) > 200
     said = re.search(r"^Export: (not )?possible", head, re.M)
     assert (said[1] is None) == (name in EXPORTED)
-    compare.copy_code(Arm(name, code=str(PATCHES[name])), tmp_path / "now")
+    compare.copy_code(Arm(name, code=str(PATCHES[name])), tmp_path / "now", ROOT)
     changed = set(re.findall(r"^\+\+\+ b/(.*)", text, re.M))
     files = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in compare.sources(ROOT)}
     differ = {f for f, old in files.items() if (tmp_path / "now" / f).read_text(encoding="utf-8") != old}
@@ -56,7 +56,7 @@ def test_each_applies_to_the_code_and_says_what_it_is(name, tmp_path, monkeypatc
 def in_a_child(name, config, tmp_path) -> dict:
     """What children/try_arm.py finds with the code of an arm."""
     code = tmp_path / "code"
-    compare.copy_code(Arm(name, code=str(PATCHES[name])), code)
+    compare.copy_code(Arm(name, code=str(PATCHES[name])), code, ROOT)
     flags, shape = json.dumps(as_flags(config)), json.dumps(SHAPE)
     env = os.environ | {"PYTHONPATH": f"{code}{os.pathsep}{os.environ['PYTHONPATH']}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(CHILD), flags, shape, str(tmp_path)]

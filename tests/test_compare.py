@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 import compare
@@ -65,6 +66,12 @@ def test_the_smallest_difference_named_is_that_of_the_whole_table():
     assert 0.87 <= np.mean([report.holm(p)[0] for p in tables]) <= 0.93
 
 
+def test_two_seeds_of_many_arms_have_a_smallest_difference():
+    """Bug: from 48 comparisons on a traceback, after all runs."""
+    assert report.smallest_shown(1.0, 2, comparisons=1) == pytest.approx(20.96, abs=0.01)
+    assert report.smallest_shown(1.0, 2, comparisons=200) == pytest.approx(4188.6, rel=1e-3)
+
+
 @pytest.mark.parametrize("truth", [0.0, -0.1])
 def test_the_interval_covers_the_truth_in_95_of_100(truth):
     rng = np.random.default_rng(3)
@@ -109,6 +116,15 @@ def test_an_arm_that_is_the_same_run_has_the_same_numbers():
     assert said[0] == "again: the same numbers with every seed" and not any("seeds find" in line for line in said)
 
 
+def test_the_seeds_and_the_errors_of_a_note_are_of_the_same_arms():
+    """Bug: "2 seeds find a difference of ..." from an error of mostly three seeds, as the first arm had lost one."""
+    runs = {"base": {seed: outcome(4, 3) for seed in (1, 2, 3)}}
+    runs["two"] = {seed: outcome(4, 3 + seed) for seed in (1, 2)}
+    runs["three"] = {seed: outcome(4, 3 + seed / 100) for seed in (1, 2, 3)}
+    [said] = [line for line in report.notes(report.summarize(runs, {})) if "seeds find" in line]
+    assert said == f"3 seeds find a difference of {report.smallest_shown(0.01 / 3**0.5, 3, 2):.3f} 90% of the time"
+
+
 def config(**values):
     return CompareConfig(name="c", **values)
 
@@ -127,6 +143,7 @@ def test_arms_are_multiplied_by_sweeps():
         (dict(arm=("base",)), 'expected "NAME: FLAGS"'),
         (dict(arm=("a b:", "a_b:")), "must differ"),
         (dict(sweep=("lr",)), "expected FLAG=VALUE"),
+        (dict(arm=("base:", "unchanged: code=x.patch")), "'unchanged': that name is kept"),  # two codes in one folder
     ],
 )
 def test_wrong_arms_are_refused_in_one_line(values, words):
@@ -369,9 +386,75 @@ def test_killed_at_random_moments_gives_the_same_table(tiny, tmp_path, tally):
     assert values(tmp_path / "killed") == values(tmp_path / "undisturbed")
 
 
-def test_a_mistake_is_one_line(capsys):
-    assert run(lambda: compare.main(["--name", "a/b", "--arm", "x:", "--arm", "y:"])) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_mistake_is_one_line(capsys, tmp_path):
+    """Bug: of a mistyped patch, git's "fatal: Needed a single revision", and no word on which arm."""
+    arms = ["--arm", "x:", "--arm", "y: code=no.patch", "--dir", str(tmp_path)]
+    for name, words in ("a/b", "--name"), ("c", "arm 'y': code=no.patch: found no file, no folder and no git revision"):
+        assert run(lambda name=name: compare.main(["--name", name, *arms])) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+
+
+def test_a_patch_that_a_later_call_adds_changes_the_code_as_it_was(tmp_path, monkeypatch):
+    """Bug: an arm that holds the patch and also what a person has edited since its base was copied."""
+    here, later = tmp_path / "here", Arm("later", code=str(tmp_path / "idea.patch"))
+    here.mkdir()
+    monkeypatch.setattr(compare, "HERE", here)
+    Path(later.code).write_text("--- a/train.py\n+++ b/train.py\n@@ -1 +1,2 @@\n first\n+patched\n")
+    (here / "train.py").write_text("first\n")
+    first = Arm("first", code=later.code)
+    compare.write_json(tmp_path / "comparison.json", compare.set_up(tmp_path, [first], []))
+    (here / "train.py").write_text("first\nsecond\n")
+    compare.set_up(tmp_path, [first, later, Arm("base")], [])
+    code = {arm: (tmp_path / "code" / arm / "train.py").read_text() for arm in ("first", "later", "unchanged")}
+    assert code == {"first": "first\npatched\n", "later": "first\npatched\n", "unchanged": "first\n"}
+
+
+def test_an_arms_flags_are_read_by_its_own_code(tmp_path, monkeypatch):
+    """Bug: in the repository's folder, its train.py came before the arm's."""
+    monkeypatch.chdir(ROOT)
+    arm = Arm("x", ("--new", "1"), code="a folder")
+    (tmp_path / "code" / "x").mkdir(parents=True)
+    program = "from types import SimpleNamespace\ndef parse(flags): return SimpleNamespace(flags=flags)\n"
+    (tmp_path / "code" / "x" / "train.py").write_text(program)
+    assert compare.config_of(tmp_path, arm, ["--lr", "1"]) == {"flags": ["--lr", "1", "--new", "1"]}
+
+
+TELLS = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+
+
+@pytest.mark.parametrize("given, expected", [("2, GPU-5a,7", ["2", "GPU-5a"]), (None, ["0", "1"])])
+def test_runs_share_the_cuda_devices_that_were_given(given, expected, tmp_path, monkeypatch):
+    """Bug: of CUDA_VISIBLE_DEVICES=2,3 the runs got 0 and 1, on which others compute."""
+    monkeypatch.setattr(compare.runtime, "cuda_devices", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    runs = [compare.Run(Arm("a"), n, tmp_path / f"seed_{n}", [sys.executable, "-c", TELLS], 10, 10) for n in (1, 2)]
+    for r in runs:
+        r.directory.mkdir()
+    with open(tmp_path / "lock", "a") as lock:
+        assert compare.run_all(runs, 2, compare.cuda_names(), lock) == 0
+    assert [(tmp_path / f"seed_{n}.log").read_text().strip() for n in (1, 2)] == expected
+
+
+def test_as_many_runs_at_once_as_the_machine_lends(monkeypatch):
+    """Bugs: a job with 6 of 64 cores starts 32 runs; a Mac starts several on its one GPU."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    for mps, cuda, expected in (False, [], 3), (True, [], 1), (False, ["2", "3"], 2):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert compare.jobs_at_once(cuda) == expected
+
+
+def test_a_run_that_a_signal_killed_says_so(tmp_path, capsys):
+    """Bug: "failed with exit code -9" and the last step's line, of a run for which memory was short."""
+    code = "import os, signal; print('step 7', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    one = compare.Run(Arm("a"), 1, tmp_path / "seed_1", [sys.executable, "-c", code], 10, 10)
+    with open(tmp_path / "lock", "a") as lock:
+        assert compare.run_all([one], 1, [], lock) == 0
+    assert one.error == "killed by signal 9 (often for lack of memory), after: step 7"
+    assert f"a, seed 1: {one.error} (all of it: " in capsys.readouterr().out
 
 
 COUNTS = """
@@ -395,6 +478,6 @@ def test_a_run_is_asked_once_to_stop_and_is_not_called_failed(tmp_path, capsys):
     stop = threading.Thread(target=lambda: eventually(ready.exists) and os.kill(os.getpid(), signal.SIGTERM))
     stop.start()
     with open(tmp_path / "lock", "a") as lock:
-        assert compare.run_all([one], 1, 0, lock) == signal.SIGTERM
+        assert compare.run_all([one], 1, [], lock) == signal.SIGTERM
     stop.join()
     assert one.error is None and not one.finished and "failed" not in capsys.readouterr().out

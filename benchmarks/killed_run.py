@@ -4,9 +4,10 @@
     python docs/figures.py --only killed                    # draws what this has written
 
 The flags of the run are those of --flags. The second run gets SIGKILL at random steps, at a random moment of the step,
-and the same command is started again each time. At the end every row of metrics.jsonl (less the times in it) and every
-file of the last checkpoint must be equal. The losses of each start are kept in --output, also those of steps that were
-trained again because the kill came before their checkpoint.
+and the same command is started again each time. At the end every row of metrics.jsonl (less the times in it) must be
+equal, and so must every file of the last checkpoint be, but for state.json, which holds seconds, and MANIFEST.json,
+which holds the hash of state.json. The losses of each start are kept in --output, also those of steps that were trained
+again because the kill came before their checkpoint.
 """
 
 import json
@@ -29,6 +30,7 @@ from support.files import sha256, write_json
 from support.tracking import read_rows
 
 TRAIN = Path(__file__).parent.parent / "train.py"
+WITH_TIMES = ("state.json", "MANIFEST.json")  # the seconds of training, and the hash of the first
 TIMES = ("seconds", "tokens_per_second", "memory", "mfu")  # of a row; they differ between two runs of anything
 
 
@@ -97,12 +99,16 @@ def compared(directory) -> dict:
     if strip[0] != strip[1]:
         step = next((a["step"] for a, b, x, y in zip(one, other, *strip) if x != y), "of another number of rows")
         raise UserError(f"the killed run differs from the undisturbed one from step {step} on")
-    files = ("model.safetensors", "optimizer.safetensors")
-    ends = [newest(Path(directory) / name) for name in ("undisturbed", "killed")]
-    different = [f for f in files if sha256(ends[0] / f) != sha256(ends[1] / f)]
+    ends = [hashes_of(newest(Path(directory) / name)) for name in ("undisturbed", "killed")]
+    different = sorted({f for f, _ in ends[0].items() ^ ends[1].items()})
     if different:
         raise UserError(f"the last checkpoints differ in {', '.join(different)}")
-    return {"rows": len(one), "files": {f: sha256(ends[0] / f) for f in files}}
+    return {"rows": len(one), "files": ends[0]}
+
+
+def hashes_of(checkpoint) -> dict[str, str]:
+    """{name: sha256} of the files in a checkpoint that two equal runs share."""
+    return {p.name: sha256(p) for p in sorted(checkpoint.iterdir()) if p.name not in WITH_TIMES}
 
 
 def main(argv=None):

@@ -415,6 +415,13 @@ def test_a_killed_run_is_compared_and_a_difference_is_found(toy, tmp_path, capsy
     assert "2 kills" in capsys.readouterr().out
     facts = json.loads((tmp_path / "k.json").read_text())
     assert len(facts["starts"]) == 3 and facts["starts"][-1][-1] == facts["undisturbed"][-1]
+    names = {"model.safetensors", "optimizer.safetensors", "config.json", "tokenizer.json"}
+    assert facts["equal"]["files"].keys() >= names
+    more = killed_run.newest(runs / "killed") / "more.json"
+    more.touch()
+    with pytest.raises(UserError, match=r"the last checkpoints differ in more\.json"):
+        killed_run.compared(runs)
+    more.unlink()
     file = runs / "killed" / "metrics.jsonl"
     rows = file.read_text().splitlines()
     i = next(i for i, row in enumerate(rows) if '"train", "step": 17,' in row)

@@ -102,11 +102,14 @@ def all_arms(c: CompareConfig) -> list[Arm]:
     if len(arms) < 2:
         raise UserError("a comparison needs two arms: name them with --arm or --sweep")
     for arm in arms:
-        if arm.code and arm_folder(arm.name) == UNCHANGED:
+        if arm.code and arm_folder(arm.name).casefold() == UNCHANGED:
             raise UserError(f"arm {arm.name!r}: that name is kept for the code that no arm changes; rename the arm")
     for one, other in itertools.combinations(arms, 2):
-        if arm_folder(one.name) == arm_folder(other.name):
-            raise UserError(f"arms {one.name!r} and {other.name!r}: their names must differ in letters or digits")
+        if arm_folder(one.name).casefold() == arm_folder(other.name).casefold():  # one folder on macOS and Windows
+            raise UserError(
+                f"arms {one.name!r} and {other.name!r}: their names must differ in letters or digits, and not only in "
+                "upper and lower case"
+            )
     return arms
 
 

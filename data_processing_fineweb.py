@@ -27,7 +27,7 @@ from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
 
 import numpy as np
 
-from support.files import natural, read_json, sha256, sync, sync_directory, write_json
+from support.files import allow_open_files, natural, read_json, sha256, sync, sync_directory, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -317,6 +317,7 @@ class FineWebDataset:
             need = f"one window of block_size {block_size} needs {block_size + 1:,}"
             raise UserError(f"{directory}: {self.n_tokens:,} tokens in all, {need}")
         self.maps, self.unreleased = {}, 0
+        allow_open_files(512 + len(self.shards))  # a mapped shard is an open file
 
     def __len__(self):
         return self.n_windows
@@ -482,8 +483,8 @@ class FineWebBatchIterator:
             self.close()
             raise
         self.read_ahead()
-        batch.x = batch.x.to(self.device, non_blocking=True)
-        batch.y = batch.y.to(self.device, non_blocking=True)
+        # only from pinned memory: on MPS, torch before 2.13 read what was freed meanwhile (pytorch issue 189690)
+        batch.x, batch.y = (t.to(self.device, non_blocking=t.is_pinned()) for t in (batch.x, batch.y))
         return batch
 
     def close(self):

@@ -23,6 +23,7 @@ IGNORE = -100  # the target that asks for no prediction
 LOSS_ROWS = 1024  # rows of logits alive at once in the loss
 LOSS_ROWS_FUSED = 8192  # the same where the compiler makes one kernel of a block's softmax and gradient: on CUDA
 INIT_STD = 0.02
+MPS_TERMS = 2**14  # of a sum in a matrix product on MPS, see `long_product`
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,14 @@ class KVCache:
         return self
 
 
+def long_product(a, b):
+    """a @ b. On MPS in parts: torch before 2.14 computes sums of 32,767 or more terms wrong on an Apple M1 or M2
+    (pytorch issue 193487), and here a sum has as many terms as the vocabulary has rows."""
+    if a.device.type != "mps":
+        return a @ b
+    return sum(part @ rows for part, rows in zip(a.split(MPS_TERMS, 1), b.split(MPS_TERMS)))
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(x Wᵀ)[target] over the rows that have a target, a block of rows at a time.
 
@@ -253,7 +262,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             total = total - (log_p.gather(1, target) * chosen).sum()
             if train:
                 d_logits = (log_p.exp() - (column == target).float()).to(dtype)
-                grad_x.append((d_logits @ w) * chosen)
+                grad_x.append(long_product(d_logits, w) * chosen)
                 grad_w = grad_w + d_logits.t() @ (x_rows * chosen)
             logits = log_p = d_logits = None  # free this block's memory before the next block needs it
         if train:

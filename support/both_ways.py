@@ -7,14 +7,23 @@ import torch
 from support.cli import UserError
 from support.runtime import sync_gradients
 
+LONGEST = (
+    2**15 - 2
+)  # terms of a sum that MPS computes right (see model.long_product); a weight's gradient sums over tokens
+
 
 def refuse_wrong_products(net, rt, batch_size, dropout):
     """Computes one micro-batch in the fast and in the plain way: eager, and on MPS in float32. UserError where the loss
-    or the norm of the gradient differ.
+    or the norm of the gradient differ, or where the micro-batch is too large for MPS.
 
     torch 2.11 compiled the gradients of an earlier version of this model to zeros, and had wrong products in half
     precision on MPS (pytorch issue 180776); the loss looked right. `net` has model, step_model and optimizer; its
     weights and gradients and torch's random state stay as they are. batch_size: rows of a micro-batch."""
+    if rt.device.type == "mps" and batch_size * net.model.config.block_size > LONGEST:
+        raise UserError(
+            f"on MPS a micro-batch of more than {LONGEST:,} tokens can give wrong gradients (pytorch issue 193487); "
+            "lower --batch_size: the global batch stays the same"
+        )
     compiled = getattr(net.step_model, "module", net.step_model) is not net.model  # module: DDP's
     half = rt.device.type == "mps" and rt.dtype != "float32"
     if not (compiled or half):

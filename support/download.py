@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from support.cli import UserError
-from support.files import sync_directory
+from support.files import flush, sync_directory
 
 ATTEMPTS = 10  # that bring nothing, one after the other, before giving up: about five minutes
 LONGEST_PAUSE = 60  # seconds; the pauses are 1, 2, 4, ...
@@ -89,7 +89,7 @@ def fetch_rest(url, part, at_most=None):
                     if at_most is not None and f.tell() > at_most:
                         break
                 f.truncate()
-                os.fsync(f.fileno())
+                flush(f.fileno())
     except requests.ConnectionError as error:
         raise Failed(f"no connection, or it broke off ({type(error).__name__})") from error
     except requests.RequestException as error:

@@ -558,7 +558,8 @@ def end_with_parent():
 
 def out_of_memory(error) -> bool:
     """Whether the device has no memory left; not every library has an exception type of its own for it."""
-    words = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # of a CPU; CUDA and NCCL; cuBLAS
+    words = ["can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"]  # a CPU; CUDA, NCCL, MPS; cuBLAS
+    words += ["Invalid buffer size"]  # MPS, of one tensor
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 

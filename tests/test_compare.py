@@ -143,6 +143,7 @@ def test_arms_are_multiplied_by_sweeps():
         (dict(arm=("base",)), 'expected "NAME: FLAGS"'),
         (dict(arm=("a b:", "a_b:")), "must differ"),
         (dict(sweep=("lr",)), "expected FLAG=VALUE"),
+        (dict(arm=("rope:", "RoPE:")), "upper and lower case"),  # one folder on a Mac: a run compared with itself
         (dict(arm=("base:", "unchanged: code=x.patch")), "'unchanged': that name is kept"),  # two codes in one folder
     ],
 )

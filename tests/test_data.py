@@ -359,6 +359,19 @@ def write_one(directory, n_tokens):
     return directory
 
 
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """Bug: a mapped shard keeps its file open; beyond 256 of them, a Mac's limit, training ended with an OSError."""
+    resource = pytest.importorskip("resource")
+    counting(tmp_path, [20] * 200)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, before[1]))
+    try:
+        dataset = FineWebDataset(tmp_path, 5)
+        assert dataset.tokens(0, dataset.n_tokens).tolist() == list(range(dataset.n_tokens))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_checksum_tells_batches_apart(tmp_path):
     """Bug: a checksum blind to the order of rows, so a wrong order on another world size goes unnoticed."""
     dataset = FineWebDataset(write_one(tmp_path, 300), 5)

@@ -441,6 +441,27 @@ def test_loss_never_holds_the_whole_table_of_logits(monkeypatch):
     assert max(t.numel() for t in watch.tensors) == 10 * 64
 
 
+class OnMPS(torch.Tensor):
+    """A tensor that says it is on MPS, and notes how many terms its products add up."""
+
+    device, terms = property(lambda self: torch.device("mps")), []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.matmul, torch.Tensor.__matmul__):
+            cls.terms.append(args[0].size(-1))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_long_product_is_added_up_in_parts_on_mps(monkeypatch):
+    """Bug: with GPT-2's vocabulary, torch before 2.14 gave wrong gradients on an Apple M1 or M2, and the right loss."""
+    monkeypatch.setattr(model_file, "MPS_TERMS", 16)
+    a, b = torch.randn(3, 40), torch.randn(40, 5)
+    parts = model_file.long_product(a.as_subclass(OnMPS), b)
+    assert OnMPS.terms == [16, 16, 8]
+    torch.testing.assert_close(parts.as_subclass(torch.Tensor), a @ b)
+
+
 @torch.no_grad()
 def test_loss_without_gradient_does_no_work_for_one():
     """Guards the cost of evaluation: under no_grad a parameter still says that it requires a gradient."""

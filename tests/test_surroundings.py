@@ -207,6 +207,17 @@ def test_a_flush_that_a_file_system_lacks_is_done_without(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_macos_writes_the_cache_of_the_drive(tmp_path, monkeypatch):
+    """Bug: fsync leaves the data in the drive there, and a power cut could take what a renamed checkpoint holds."""
+    fcntl, done = pytest.importorskip("fcntl"), []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda descriptor, what: done.append(what))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: pytest.fail("not enough"))
+    write_whole(tmp_path / "file", b"whole")
+    assert done == [51, 51]  # the file, and its folder
+
+
 def test_a_pipe_that_is_named_as_a_file_is_written_to(tmp_path):
     """Bug: it was replaced by a file, and its reader waited for ever."""
     os.mkfifo(tmp_path / "pipe")

@@ -11,6 +11,7 @@ renamed to aside_step_NNNNNNNN, which the run does not read, before their steps 
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -535,14 +536,17 @@ class Saver:
             (self.c.run_dir / "best.json").unlink(missing_ok=True)
 
     def check_space(self, net):
-        """UserError where the disk has no room for one checkpoint. To be called before the first step."""
-        run_dir, need = self.c.run_dir, size_of(net.model, net.optimizer)
+        """UserError where the disk has no room for the checkpoints to come. To be called before the first step."""
+        c, run_dir, size = self.c, self.c.run_dir, size_of(net.model, net.optimizer)
 
         def check():
+            saves = math.ceil(c.max_steps / (c.save_interval or c.max_steps))
+            at_once = min(c.keep_last + 2, saves)  # the newest, the best, and the one that is being written
+            need = size * max(1, at_once - len(steps(run_dir)))
             disk = shutil.disk_usage(run_dir)
             if disk.free < need and disk.total > 0:  # some network file systems say 0 of 0
-                raise UserError(f"{run_dir}: a checkpoint needs about {need:,} bytes and {disk.free:,} are free; make "
-                                "room or name another --checkpoint_dir")  # fmt: skip
+                raise UserError(f"{run_dir}: checkpoints need about {need:,} bytes and {disk.free:,} are free; make "
+                                "room, lower --keep_last, or name another --checkpoint_dir")  # fmt: skip
 
         self.rt.from_main(check)
 

@@ -5,7 +5,7 @@
     python plot_run.py comparisons/ideas/*/seed_* --only loss --output ideas.svg
 
 The seeds of one arm of a comparison (compare.py) share a colour: their mean is a line, their range a band. An arm has
-the same colour in all pictures of its comparison. Training calls `plot` at every save, so this file needs no display
+the same colour in all pictures of its comparison. Training calls `plot` after saves, so this file needs no display
 and changes no global state of matplotlib. The new picture replaces the old one by one rename.
 """
 

@@ -315,14 +315,17 @@ def sample(c: TrainConfig, rt, model, data: Data) -> str:
     return one
 
 
-def plot_curves(run_dir):
-    """Writes curves.png from the metrics so far. A failure costs one warning, not the run."""
+def plot_curves(run_dir) -> float:
+    """Writes curves.png from the metrics so far. Returns the moment before which it should not be drawn again, so that
+    a long run, whose picture takes seconds, spends 1% of its time on it. A failure costs one warning, not the run."""
+    began = time.monotonic()
     try:
         import plot_run  # here: the first step need not wait for matplotlib
 
         plot_run.plot([run_dir], run_dir / "curves.png")
     except Exception as error:
         print(f"warning: curves.png was not written ({type(error).__name__}: {error})", file=sys.stderr)
+    return time.monotonic() + 100 * (time.monotonic() - began)
 
 
 def evaluate_only(c: TrainConfig, rt) -> dict:
@@ -370,7 +373,7 @@ def train(config: TrainConfig) -> dict:
             saver.check_space(net)
             log.introduce(at, saver.changed, saver.origin)
             refuse_wrong_products(net, rt, c.batch_size, c.dropout)
-            reader = StepReader(delay=rt.device.type == "cuda")
+            reader, plot_again = StepReader(delay=rt.device.type == "cuda"), 0.0
             try:
                 with training_batches(c, rt, data, at) as batches:
                     while True:  # max_steps + 1 times: the first and the last state are evaluated like any other
@@ -384,9 +387,10 @@ def train(config: TrainConfig) -> dict:
                             log.hellaswag(hellaswag(c, rt, net.model, data), at)
                         if log.due("sample", at):
                             log.sample(sample(c, rt, net.model, data), at)
-                        if saving and rt.is_main:
-                            plot_curves(c.run_dir)
-                        if at.step >= c.max_steps:
+                        last = at.step >= c.max_steps
+                        if saving and rt.is_main and (last or time.monotonic() >= plot_again):
+                            plot_again = plot_curves(c.run_dir)
+                        if last:
                             break
                         began = time.perf_counter()
                         at, started = train_step(c, rt, net, next(batches), at)

@@ -96,7 +96,7 @@ def device(request) -> str:
 @pytest.fixture
 def toy(corpus, tmp_path, monkeypatch) -> TrainConfig:
     """40 steps of a two-layer model, over two epochs of 163 windows in batches of 8 rows; pictures off, for speed."""
-    monkeypatch.setattr(train_module, "plot_curves", lambda run_dir: None)
+    monkeypatch.setattr(train_module, "plot_curves", lambda run_dir: 0.0)
     monkeypatch.setenv("GPT_TEST_PICTURES", "off")  # in processes of its own too
     return TrainConfig(
         run_name="toy", checkpoint_dir=str(tmp_path / "runs"), data_dir=str(corpus), block_size=32, n_layer=2, n_head=2,

@@ -185,6 +185,15 @@ def test_a_run_draws_its_curves(toy, monkeypatch, capsys):
     assert capsys.readouterr().err.count("warning: curves.png was not written (ZeroDivisionError") == 1
 
 
+def test_a_picture_that_takes_long_is_drawn_less_often(toy, monkeypatch):
+    """Bug: after 150,000 steps a picture takes two seconds at each save, and eight GPUs wait for it."""
+    monkeypatch.undo()
+    drawn = []
+    monkeypatch.setattr(plot_run, "plot", lambda *args: drawn.append(time.sleep(0.2)))
+    train(replace(toy, max_steps=6, save_interval=1))
+    assert len(drawn) == 2  # after the first save, and at the end
+
+
 def test_evaluating_sampling_and_saving_do_not_move_the_trace(toy):
     """The commonest fault of the field: evaluation draws from the training random stream."""
     train(toy)
@@ -392,7 +401,13 @@ def test_no_secret_is_written(toy, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("Invalid buffer size: 14.06 GiB"),  # of one tensor on MPS
+        MemoryError(),
+    ],
 )
 def test_out_of_memory_names_the_flag_to_lower(monkeypatch, capsys, error):
     """The allocator's own message is a page, and on a CPU not even of a type of its own."""
@@ -537,6 +552,13 @@ def test_the_code_that_is_checked_is_the_code_that_trains(toy, monkeypatch, rows
     graphs = Graphs(monkeypatch)
     train(replace(toy, compile="on", batch_size=rows, max_steps=2, eval_interval=0, sample_interval=0))
     assert len(graphs) == 1
+
+
+def test_a_micro_batch_that_mps_adds_up_wrong_is_refused(toy):
+    """Bug: torch before 2.14 computes a gradient wrong on an M1 that is a sum over 32,767 tokens; the loss is right."""
+    net = train_module.Net(GPT(toy.model_config(60)), None, None, None)
+    with pytest.raises(UserError, match="lower --batch_size"):
+        refuse_wrong_products(net, Runtime(torch.device("mps"), "float32"), 2**15 // toy.block_size, dropout=0.0)
 
 
 def test_the_check_lets_the_compiler_divide_the_graph_for_ddp(monkeypatch):

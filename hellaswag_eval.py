@@ -26,6 +26,7 @@ T tokens in a row, C channels, E predicted tokens in a batch.
 
 import hashlib
 import json
+import math
 import re
 import sys
 from contextlib import ExitStack, closing
@@ -286,7 +287,8 @@ def make_rows(sequences, block_size, packed=True) -> list[Row]:
     for four in groups(range(len(sequences)), 4):
         row = pack(sequences, four) if packed else None
         fits = row is not None and len(row.ids) <= block_size
-        rows += [row] if fits else [pack(sequences, [number]) for number in four]
+        some = [row] if fits else [pack(sequences, [number]) for number in four]
+        rows += [Row(*(np.array(column, np.int32) for column in row)) for row in some]  # less memory than lists
     return rows
 
 
@@ -317,10 +319,11 @@ def score_batch(model, batch, device, pieces=1) -> np.ndarray:
     T = max(len(row.ids) for row in batch)
     padded = torch.zeros(3, len(batch), T, dtype=torch.long)  # on the right, where no query of a sequence looks
     for b, row in enumerate(batch):
-        padded[:, b, : len(row.ids)] = torch.tensor([row.ids, row.positions, row.parts])
+        padded[:, b, : len(row.ids)] = torch.from_numpy(np.stack([row.ids, row.positions, row.parts]))
     ids, positions, parts = padded.to(device)
-    where = torch.tensor([b * T + p for b, row in enumerate(batch) for p in row.where], device=device)
-    targets = torch.tensor([target for row in batch for target in row.targets], device=device)
+    where = np.concatenate([np.add(b * T, row.where) for b, row in enumerate(batch)])
+    where = torch.from_numpy(where).to(device)
+    targets = torch.from_numpy(np.concatenate([row.targets for row in batch])).to(device).long()
     if padded[2].any():
         options = {"positions": positions, "mask": visible(parts)}
     else:  # one sequence a row: plain causal attention
@@ -336,18 +339,17 @@ def score_batch(model, batch, device, pieces=1) -> np.ndarray:
 
 
 @torch.no_grad()  # not inference_mode, whose tensors a sharded model could not use again in training
-def score_sequences(model, sequences, rt, batch_tokens, progress=None) -> np.ndarray:
-    """Summed log-probability (S,), nats, of the scored ids of each (ids, scored) in `sequences`.
+def score_rows(model, rows, n, rt, batch_tokens, progress=None) -> np.ndarray:
+    """Summed log-probability (S,), nats, of the scored ids of each of the `n` sequences in the rows.
 
     With several ranks, 0 where another rank has the sequence; the sum over the ranks is the result. In each round
     every rank calls `rt.poll` once, `model.features` once, and `model.logits` as often as the others, because all ranks
     of a sharded model compute together. After each batch of its own a rank calls `progress(sums, done)`, where `done`
     (S,) is True for the sequences that are scored.
     """
-    rows = make_rows(sequences, model.config.block_size, getattr(model, "packed", True))
     todo = list(batches(rows, batch_tokens))
     pieces = max(-(-sum(len(row.targets) for row in batch) // LOGIT_ROWS) for batch in todo)
-    sums, done = np.zeros(len(sequences)), np.zeros(len(sequences), dtype=bool)
+    sums, done = np.zeros(n), np.zeros(n, dtype=bool)
     was_training = model.training
     model.eval()
     try:
@@ -368,41 +370,67 @@ def score_sequences(model, sequences, rt, batch_tokens, progress=None) -> np.nda
     return sums
 
 
-def score(model, tokenizer, examples, rt=None, batch_tokens=None, progress=None, conventions=CONVENTIONS) -> Scores:
-    """The model's `Scores` on the examples, under the caller's autocast; log-probabilities are float32.
+@dataclass
+class Task:
+    """N examples as rows of ids: what no weight changes. Dictionaries are by convention."""
 
-    model, tokenizer: of this repository, or `HFModel` and `HFTokenizer`. rt: the support.runtime.Runtime of this
-    process; default: one process on the model's device. Every rank gives all the examples and gets all the scores.
-    `progress` is that of `score_sequences`, whose sequences are in the order (convention, example, ending). What it or
-    `rt.poll` raises ends the evaluation; the model keeps the mode it had. conventions: names, some of CONVENTIONS.
-    """
-    rt = rt or Runtime(next(model.parameters()).device, "float32")
-    batch_tokens = batch_tokens or (1024 if rt.device.type == "cpu" else 16_384)  # larger ones are not faster on a CPU
-    block_size, shape = model.config.block_size, (len(conventions), len(examples), 4)
+    labels: np.ndarray  # (N,) which ending is the true one
+    rows: list[Row]  # of the sequences, which are in the order (convention, example, ending)
+    units: dict[str, np.ndarray]  # (N, 4), see `Scores`
+    truncated: int  # see `Scores`
+
+
+def prepare(tokenizer, examples, block_size, packed=True, conventions=CONVENTIONS) -> Task:
+    """Renders, cuts and packs the examples. That takes seconds for all of HellaSwag, and training does it once.
+
+    packed: whether the four sequences of an example share a row. UserError where an ending has no tokens."""
+    shape = (len(conventions), len(examples), 4)
     rendered = [CONVENTIONS[name](examples, tokenizer) for name in conventions]
     pairs = [pair for some, _ in rendered for pair in some]
     without = next((i for i, (_, ending) in enumerate(pairs) if not ending), None)
     if without is not None:
         raise UserError(f"HellaSwag example {without // 4 % len(examples)} has an ending without tokens")
     sequences = [cut_to_context(context, ending, block_size) for context, ending in pairs]
-    sums = score_sequences(model, sequences, rt, batch_tokens, progress)
-    if rt.world > 1:
-        sums = rt.reduce(torch.from_numpy(sums).to(rt.device)).cpu().numpy()
-    bad = np.flatnonzero(~np.isfinite(sums))
-    if len(bad):
-        example = bad[0] // 4 % len(examples)
-        raise UserError(f"the model gives the endings of HellaSwag example {example} no finite log-probability")
     tokens = np.array([scored for _, scored in sequences]).reshape(shape)
     cut = np.array([len(context) + len(ending) > block_size + 1 for context, ending in pairs]).reshape(shape)
-    return Scores(
+    return Task(
         labels=np.array([example["label"] for example in examples]),
-        sums=dict(zip(conventions, sums.reshape(shape))),
+        rows=make_rows(sequences, block_size, packed),
         units={
             name: tokens[i] if units is None else np.array(units).reshape(-1, 4)
             for i, (name, (_, units)) in enumerate(zip(conventions, rendered))
         },
         truncated=int(cut.any((0, 2)).sum()),
     )
+
+
+def score(model, tokenizer, examples, rt=None, batch_tokens=None, progress=None, conventions=CONVENTIONS) -> Scores:
+    """The model's `Scores` on the examples, under the caller's autocast; log-probabilities are float32.
+
+    model, tokenizer: of this repository, or `HFModel` and `HFTokenizer`. conventions: names, some of CONVENTIONS. The
+    others: see `score_task`."""
+    packed = getattr(model, "packed", True)
+    task = prepare(tokenizer, examples, model.config.block_size, packed, conventions)
+    return score_task(model, task, rt, batch_tokens, progress)
+
+
+def score_task(model, task, rt=None, batch_tokens=None, progress=None) -> Scores:
+    """As `score`, for examples that `prepare` has prepared.
+
+    rt: the support.runtime.Runtime of this process; default: one process on the model's device. Every rank gives all
+    the examples and gets all the scores. `progress` is that of `score_rows`. What it or `rt.poll` raises ends the
+    evaluation; the model keeps the mode it had."""
+    rt = rt or Runtime(next(model.parameters()).device, "float32")
+    batch_tokens = batch_tokens or (1024 if rt.device.type == "cpu" else 16_384)  # larger ones are not faster on a CPU
+    shape = (len(task.units), len(task.labels), 4)
+    sums = score_rows(model, task.rows, math.prod(shape), rt, batch_tokens, progress)
+    if rt.world > 1:
+        sums = rt.reduce(torch.from_numpy(sums).to(rt.device)).cpu().numpy()
+    bad = np.flatnonzero(~np.isfinite(sums))
+    if len(bad):
+        example = bad[0] // 4 % len(task.labels)
+        raise UserError(f"the model gives the endings of HellaSwag example {example} no finite log-probability")
+    return Scores(task.labels, dict(zip(task.units, sums.reshape(shape))), task.units, task.truncated)
 
 
 # ---------------------------------------------------------------------------------------

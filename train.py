@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from support.cli import UserError, one_line, refuse, run  # isort: split
@@ -72,6 +73,10 @@ class Data:
     train: FineWebDataset | None  # None where nothing is trained
     val: FineWebDataset
     examples: list | None  # HellaSwag's; None where they are never evaluated
+
+    @cached_property  # takes seconds, and is the same for each evaluation
+    def hellaswag(self):
+        return hellaswag_eval.prepare(self.tokenizer, self.examples, self.val.block_size)
 
 
 @dataclass
@@ -299,7 +304,7 @@ def validate(c: TrainConfig, rt, model, data: Data) -> dict:
 def hellaswag(c: TrainConfig, rt, model, data: Data) -> dict:
     """Accuracies and their standard errors, as hellaswag_eval.Scores.summary gives them."""
     with rt.autocast():
-        return hellaswag_eval.score(model, data.tokenizer, data.examples, rt).summary()
+        return hellaswag_eval.score_task(model, data.hellaswag, rt).summary()
 
 
 def sample(c: TrainConfig, rt, model, data: Data) -> str:

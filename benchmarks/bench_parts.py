@@ -244,11 +244,15 @@ def filled(model):
 
 
 def timed(function):
-    """(seconds until it returns, its result); a GPU may go on copying."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """(seconds until it and the GPU's work are done, its result).
+
+    A snapshot returns while the GPU copies. But the next training step is computed after these copies, so training
+    waits for them too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     result = function()
+    wait()
     return time.perf_counter() - began, result
 
 
@@ -258,8 +262,6 @@ def measure_saving(work, args):
     stalls, writes, probes, pinned = [], [], [], {}
     for step in range(args.repeats + 1):
         stall, tensors = timed(lambda: checkpoint.snapshot(model, optimizer, pinned=pinned))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # as the thread that writes does
         size = sum(t.numel() * t.element_size() for content in tensors.values() for t in content.values())
         content = (step, model.config, tensors, {"step": step}, NoTokenizer())
         write, path = timed(lambda content=content: checkpoint.write_checkpoint(work, *content))

@@ -15,7 +15,9 @@ whole table of logits, which autograd keeps: both compiled, and eager. Each one'
 of its own, without what the inputs take.
 
 FLOP/s are the model's by GPT.flops_per_token (6N + 12LCT, our N for all), as a share of the matrix product and of the
-data sheet (MFU). Memory is a contestant's own peak on CUDA; a CPU only tells the peak of the whole process.
+data sheet (MFU). Memory is a contestant's own peak on CUDA; a CPU only tells the peak of the whole process. "first s"
+are the seconds of the first step, with the compilation of what this process, or the compiler's cache where
+TORCHINDUCTOR_CACHE_DIR names one, has not compiled before: muon runs the code of ours.
 Autocast, TF32 and, on a CPU, the heap that keeps its pages (runtime.keep_freed_memory) serve all contestants.
 """
 
@@ -31,6 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -136,7 +139,7 @@ def makers(args) -> dict:
         del chosen["transformers"]
     made = {name: functools.partial(make, compiled=args.compile) for name, make in chosen.items()}
     if args.compile and "ours" in chosen:
-        made = {"ours, eager": functools.partial(our_step, compiled=False), **made}
+        made["ours, eager"] = functools.partial(our_step, compiled=False)
     return made
 
 
@@ -149,7 +152,7 @@ class Contestant:
     name: str
     step: object = None  # None: it could not run, and `note` says why
     note: str = ""
-    first: float = 0.0  # seconds of the first step, compilation included
+    first: float = 0.0  # seconds of the first step, with what had to be compiled
     memory: int | None = None  # bytes at its peak
     seconds: list = field(default_factory=list)  # a step's, one value for each turn
 
@@ -166,7 +169,7 @@ def timed(step, times, rt) -> float:
 
 
 def prepare(name, make, rt, warm_up, tokens) -> Contestant:
-    """Makes a contestant and warms it up; prints a first rate. What another's code raises costs its row only."""
+    """Makes a contestant and warms it up; prints a first rate. What its code raises costs its row only."""
     one, cuda = Contestant(name), rt.device.type == "cuda"
     gc.collect()
     if cuda:
@@ -181,10 +184,10 @@ def prepare(name, make, rt, warm_up, tokens) -> Contestant:
     except Exception as error:
         if runtime.out_of_memory(error):
             one.note = "out of memory"
-        elif name.startswith("ours"):
-            raise
         else:
-            one.note = f"failed: {UserError(f'{type(error).__name__}: {error}')}"[:100]
+            traceback.print_exc()
+            one.note = failure(error)
+        print(f"{name}: {one.note}", flush=True)
         return one
     if cuda:
         one.memory = torch.cuda.max_memory_allocated(rt.device) - before
@@ -192,6 +195,11 @@ def prepare(name, make, rt, warm_up, tokens) -> Contestant:
     size = "" if one.memory is None else f", {one.memory / 2**30:.1f} GiB"
     print(f"{name}: first step {one.first:.1f} s, then {rate:,.0f} tokens/s{size}", flush=True)
     return one
+
+
+def failure(error) -> str:
+    """What was raised, as one short line."""
+    return f"failed: {UserError(f'{type(error).__name__}: {error}')}"[:100]
 
 
 def large_product(rt, tiny):
@@ -292,8 +300,8 @@ def table(contestants, products, tokens, flops_per_token, product_flops, rt) -> 
     return "\n".join(lines)
 
 
-def bench(batch_size, accumulation, args, rt):
-    """All contestants at one micro-batch and accumulation; prints their table."""
+def bench(batch_size, accumulation, args, rt) -> bool:
+    """All contestants at one micro-batch and accumulation; prints their table. Whether none of ours failed."""
     T, vocab = args.block_size, VOCAB["tiny" if args.tiny else args.preset]
     shape = TINY if args.tiny else {"n_layer": args.layers} if args.layers else {}
     config = replace(train.PRESETS[args.preset], **shape, batch_size=batch_size, block_size=T, dropout=args.dropout,
@@ -303,8 +311,6 @@ def bench(batch_size, accumulation, args, rt):
         raise UserError("; ".join(train.problems(config)))
     torch.manual_seed(0)
     x, y = torch.randint(vocab, (2, batch_size, T)).to(rt.device)
-    if args.compile:
-        torch.compiler.reset()  # else the second batch size would be compiled for any size
     product, product_flops = large_product(rt, args.tiny)
     everyone = [
         prepare(name, functools.partial(make, config, rt, x, y, vocab), rt, args.warm_up, config.total_batch_tokens)
@@ -321,7 +327,12 @@ def bench(batch_size, accumulation, args, rt):
     if args.profile and able:
         one = next((one for one in able if one.name == "ours"), able[0])
         rows = (model.config.vocab_size, model.config.valid_vocab_size)
-        print(f"\n{one.name}, profiled\n{profile(one.step, rt, rows, args.steps_per_round)}", flush=True)
+        try:
+            print(f"\n{one.name}, profiled\n{profile(one.step, rt, rows, args.steps_per_round)}", flush=True)
+        except Exception as error:  # the profiler has failures of its own; the next table needs none of it
+            traceback.print_exc()
+            print(f"the profile {failure(error)}", flush=True)
+    return not any(one.note.startswith("failed") for one in everyone if one.name in ("ours", "muon", "ours, eager"))
 
 
 # ---------------------------------------------------------------------------------------
@@ -450,18 +461,23 @@ def main(argv=None):
     rt = runtime.start(args.device, args.dtype)
     args.steps_per_round = args.steps_per_round or (10 if rt.device.type == "cuda" else 1)
     args.warm_up = 5 if rt.device.type == "cuda" else 1
-    facts = runtime.versions()
+    facts, good = runtime.versions(), True
     print(f"{facts['device_name']} ({rt.device}), {facts['threads']} threads, torch {facts['torch']}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cold:
         if args.compile:  # the first step is to pay for the whole compilation, unless the caller names a cache
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cold)
         for batch_size in args.batch_size:
+            if args.compile:
+                torch.compiler.reset()  # else the second batch size would be compiled for any size
             if args.loss:
                 bench_loss(batch_size * args.block_size, args, rt)
             for accumulation in [] if args.loss else args.accumulation:
-                bench(batch_size, accumulation, args, rt)
+                good = bench(batch_size, accumulation, args, rt) and good
+    if args.compile and not args.loss:
+        print("first s: with the compilation of what neither this process nor the compiler's cache had compiled before")
     if rt.device.type != "cuda":
         print(f"\npeak memory of this process: {rt.memory() / 2**30:.1f} GiB (one contestant's: --only ours)")
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

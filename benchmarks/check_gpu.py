@@ -2,14 +2,16 @@
 
   facts   versions; a large product and a copy, as ceilings; compiled against eager gradients; attention's kernels
   bits    three training steps, twice in processes of their own: the same bits? As it is, and with --deterministic
-  resume  a run of 60 steps with --deterministic, and the same killed with SIGKILL near step 30 and started again
+  resume  a run of 60 steps with --deterministic, and the same killed with SIGKILL near step 33 and started again
 
-Each row is printed as soon as it is known. Exit code 1 where something is not as it must be. It also runs on a CPU.
+Processes that are compared run side by side, because they compile for most of their time. Each row is printed as soon
+as it is known. Exit code 1 where something is not as it must be. It also runs on a CPU.
 """
 
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,10 +32,14 @@ from support import runtime
 from support.tracking import read_rows
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--n_layer 2 --n_head 2 --n_embd 32 --batch_size 2 --block_size 64 --total_batch_tokens 256 --compile off"
-SCHEDULE = (
-    "--deterministic --max_steps 60 --save_interval 10 --eval_interval 30 --hellaswag_interval 0 --sample_interval 0"
+SMALL = (
+    "--n_layer 2 --n_head 2 --n_embd 32 --batch_size 1 --block_size 64 --total_batch_tokens 128 --compile off "
+    "--dtype float32"
 )
+SCHEDULE = (
+    "--deterministic --max_steps 60 --save_interval 15 --eval_interval 30 --hellaswag_interval 0 --sample_interval 0"
+)
+KILL_AT, LAST = 33, "step_00000060"  # at step 33 the checkpoint of 15 is complete: the save of 30 waited for it
 
 
 def row(name, text):
@@ -41,9 +47,9 @@ def row(name, text):
 
 
 def net_and_batch(args, rt, **changes):
-    """(configuration, network, one batch of two micro-batches) of the 124M model, or of a tiny one."""
-    shape = {**TINY, "block_size": 64, "batch_size": 2} if args.tiny else {"batch_size": 8}
-    config = replace(train.TrainConfig(), dropout=0.0, **{**shape, **changes})
+    """(configuration, network, one batch of two micro-batches) of gpt2-124m, or of a tiny model."""
+    shape = {**TINY, "block_size": 64, "batch_size": 2} if args.tiny else {}
+    config = replace(train.TrainConfig(), **shape, **changes)
     config = replace(config, total_batch_tokens=2 * config.batch_size * config.block_size)
     torch.manual_seed(0)
     vocab = 500 if args.tiny else 50257
@@ -54,10 +60,8 @@ def net_and_batch(args, rt, **changes):
 def facts(args) -> bool:
     rt = runtime.start(args.device)
     cuda = rt.device.type == "cuda"
-    row(
-        "versions",
-        json.dumps(runtime.versions() | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}),
-    )
+    libraries = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if cuda else {}
+    row("versions", json.dumps(runtime.versions() | libraries))
     side, size = (8192, 2**32) if cuda else (512, 2**24)
     a = torch.randn(side, side, device=rt.device).to(runtime.DTYPES[rt.dtype])
     source, target = (torch.empty(size // 4, device=rt.device) for _ in range(2))
@@ -66,7 +70,7 @@ def facts(args) -> bool:
     for work, amount, name, unit in works:
         timed(work, 3, rt)
         row(name, f"{amount / timed(work, 20, rt):.4g} {unit}")
-    config, net, batch = net_and_batch(args, rt, compile="on")
+    config, net, batch = net_and_batch(args, rt, compile="on", dropout=0.0)
     began = time.perf_counter()
     try:
         train.refuse_wrong_products(net, rt, config.batch_size, config.dropout)
@@ -102,17 +106,19 @@ def three_steps(args):
 
 
 def bits(args) -> bool:
-    good = True
+    """With dropout and the shapes of gpt2-124m and of `resume`, which then find their code compiled."""
+    good, started, pipes = True, {}, dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for deterministic in (False, True):
         flags = ["--device", args.device, *["--tiny"] * args.tiny, *["--deterministic"] * deterministic]
         command = [sys.executable, __file__, "three_steps", *flags]
-        found = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
-        hashes = [one.stdout.strip() or f"failed: {one.stderr.strip()[-200:]}" for one in found]
-        same = hashes[0] == hashes[1] and not any(one.returncode for one in found)
-        row(
-            "--deterministic" if deterministic else "as it is",
-            f"{hashes[0]} {hashes[1]} {'same' if same else 'DIFFERENT'}",
-        )
+        started[deterministic] = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for deterministic, pair in started.items():
+        said = [one.communicate() for one in pair]
+        hashes = [output.strip() or f"failed: {errors.strip()[-200:]}" for output, errors in said]
+        sys.stderr.writelines(errors for _, errors in said)
+        same = hashes[0] == hashes[1] and not any(one.returncode for one in pair)
+        name = "--deterministic" if deterministic else "as it is"
+        row(name, f"{hashes[0]} {hashes[1]} {'same' if same else 'DIFFERENT'}")
         good = good and (same or not deterministic)
     return good
 
@@ -120,7 +126,7 @@ def bits(args) -> bool:
 def resume(args) -> bool:
     """Needs --data_dir."""
     flags = (SMALL if args.tiny else "--batch_size 16").split()
-    flags += [*SCHEDULE.split(), "--val_tokens", "4096" if args.tiny else "65536"]
+    flags += [*SCHEDULE.split(), "--val_tokens", "512" if args.tiny else "65536"]
     flags += ["--device", args.device, "--data_dir", args.data_dir]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
 
@@ -136,20 +142,26 @@ def resume(args) -> bool:
             if process.returncode:
                 raise UserError(f"train.py ended with {process.returncode}: {output[-500:]}")
 
-        finish(start("whole"))
-        killed = start("killed")
-        while killed.poll() is None and not any(r["step"] >= 33 for r in rows("killed")):
-            time.sleep(0.05)
+        whole, killed = start("whole"), start("killed")
+        while killed.poll() is None and not any(r["step"] >= KILL_AT for r in rows("killed")):
+            time.sleep(0.02)
         killed.kill()
-        killed.communicate()
-        row("killed at step", str(max((r["step"] for r in rows("killed")), default=0)))
+        output, _ = killed.communicate()
+        saved = sorted(p.name for p in Path(folder, "killed").glob("step_*"))
+        if killed.returncode != -signal.SIGKILL or not saved or saved[-1] == LAST:
+            whole.kill()
+            said = f"ended with {killed.returncode}, saved {saved}: {output[-500:]}"
+            raise UserError(f"expected a run that is killed between its first checkpoint and its last, this one {said}")
+        row("killed at step", f"{max(r['step'] for r in rows('killed'))}, goes on from {saved[-1]}")
+        finish(whole)
         finish(start("killed"))
         keys = ("step", "loss", "grad_norm", "lr", "checksum", "samples_seen")
         traces = [[tuple(r[k] for k in keys) for r in rows(name)] for name in ("whole", "killed")]
-        name = "step_00000060/model.safetensors"
-        hashes = [hashlib.sha256(Path(folder, n, name).read_bytes()).hexdigest()[:16] for n in ("whole", "killed")]
+        files = [Path(folder, name, LAST, "model.safetensors") for name in ("whole", "killed")]
+        hashes = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
     same = traces[0] == traces[1] and len(traces[0]) == 60 and hashes[0] == hashes[1]
-    row("traces of 60 steps", "the same" if traces[0] == traces[1] else "DIFFERENT")
+    parted = next((a[0] for a, b in zip(*traces) if a != b), min(map(len, traces)) + 1)
+    row("traces of 60 steps", "the same" if traces[0] == traces[1] else f"DIFFERENT from step {parted}")
     row("final weights", f"{hashes[0]} {hashes[1]} {'same' if hashes[0] == hashes[1] else 'DIFFERENT'}")
     return same
 

@@ -46,11 +46,11 @@ pack() {
         source=(--tokenizer "$given/gpt2_tokenizer" --local_files "$given/corpus/train/*.parquet"
             --val_files "$given/corpus/val/*.parquet")
         hellaswag="$given/hellaswag/hellaswag_val.jsonl"
-    else
-        "$python" -c "import sys, hellaswag_eval as h; sys.exit(h.run(lambda: h.download_examples(h.CACHE)))" || return
     fi
     mkdir -p "$packed" || return
     "$python" prepare_fineweb.py --out_dir "$packed/shards" --max_tokens 24950000 "${source[@]}" || return
+    [ -n "$given" ] ||
+        "$python" -c "import sys, hellaswag_eval as h; sys.exit(h.run(lambda: h.download_examples(h.CACHE)))" || return
     gzip -9 -c "$hellaswag" >"$packed/hellaswag_val.jsonl.gz" || return
     if [ -n "${NANOGPT:-}" ]; then
         mkdir -p "$packed/nanogpt" && cp "$NANOGPT/model.py" "$packed/nanogpt/" || return
@@ -76,7 +76,7 @@ work="${WORK:-benchmarks/out/work}"
 mkdir -p "$out" "$work" || exit 2
 work="$(cd "$work" && pwd)"
 compiled="$work/compiled"
-case "$compiled" in # the compiler for CPUs fails in a folder with a space in its name (torch 2.11 and 2.13)
+case "$compiled" in # the compiler for CPUs fails in a folder with a space in its name (seen with torch 2.11)
 *" "*) compiled="/tmp/gpu_sh_compiled_$UID" ;;
 esac
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_CACHE_DIR="$compiled"
@@ -164,7 +164,7 @@ hellaswag() {
         say "hellaswag: left out, there is no $packed/hellaswag_val.jsonl.gz"
         return
     fi
-    part hellaswag 60 "$python" hellaswag_eval.py --checkpoint "$work/runs/fast-124m" --device "$device" \
+    part hellaswag 80 "$python" hellaswag_eval.py --checkpoint "$work/runs/fast-124m" --device "$device" \
         --data "$work/hellaswag_val.jsonl" "${examples[@]}"
 }
 

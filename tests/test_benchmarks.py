@@ -439,8 +439,9 @@ def test_gpu_sh_in_its_short_form(tmp_path, byte_tokenizer, scenes):
     for split, part in ("train", texts[4:]), ("val", texts[:4]):
         (given / "corpus" / split).mkdir(parents=True)
         pq.write_table(pa.table({"text": part}), given / "corpus" / split / "0.parquet")
-    byte_tokenizer.save(given / "gpt2_tokenizer")
+    (given / "gpt2_tokenizer").mkdir()
     (given / "hellaswag").mkdir()
+    byte_tokenizer.save(given / "gpt2_tokenizer")
     os.rename(scenes, given / "hellaswag" / "hellaswag_val.jsonl")
     (given / "model.py").write_text(NANOGPT)
     for _ in range(2):  # the second time it finds the shards

@@ -77,7 +77,7 @@ mkdir -p "$out" "$work" || exit 2
 work="$(cd "$work" && pwd)"
 compiled="$work/compiled"
 case "$compiled" in # the compiler for CPUs fails in a folder with a space in its name (seen with torch 2.11)
-*" "*) compiled="/tmp/gpu_sh_compiled_$UID" ;;
+*" "*) compiled="${TMPDIR:-/tmp}/gpu_sh_compiled_$UID" ;;
 esac
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_CACHE_DIR="$compiled"
 device=cuda

@@ -449,7 +449,7 @@ def test_gpu_sh_in_its_short_form(tmp_path, byte_tokenizer, scenes):
         assert done.returncode == 0 and "MB, for gpu.sh A and B" in done.stdout, done.stdout + done.stderr
     shutil.rmtree(given)
 
-    done = gpu_sh("--short", packed, folder=folder, LIMIT=800)
+    done = gpu_sh("--short", packed, folder=folder, WORK=tmp_path / "work", LIMIT=800)
     assert done.returncode == 0, done.stdout + (folder / "out" / "stderr.txt").read_text()
     first = ["facts", "train_16", "fast-124m", "bits", "resume", "hellaswag", "gpt2-124m"]
     parts = [*first, "train", "generate", "save", "checkpointed", "loss", "data"]

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -611,10 +612,20 @@ def test_a_signal_saves_and_the_next_start_continues_exactly(toy):
 def test_a_save_that_fails_in_the_background_stops_the_run_soon(toy, monkeypatch):
     """Noticed only at the next save, it would cost all the work between the two."""
 
+    real, tried = train_module.train_step, threading.Event()
+
     def full(*args):
+        tried.set()
         raise UserError("no space")
 
+    def step(c, rt, net, batch, at):
+        if at.step == 6:  # a toy's steps are faster than the start of a thread on a busy machine
+            assert tried.wait(60)
+            time.sleep(0.2)
+        return real(c, rt, net, batch, at)
+
     monkeypatch.setattr(checkpoint, "write_checkpoint", full)
+    monkeypatch.setattr(train_module, "train_step", step)
     with pytest.raises(UserError, match="no space"):
         train(replace(toy, save_interval=5, eval_interval=0))
     assert 5 <= len(trace(toy)) < 10

@@ -7,9 +7,7 @@ import torch
 from support.cli import UserError
 from support.runtime import sync_gradients
 
-LONGEST = (
-    2**15 - 2
-)  # terms of a sum that MPS computes right (see model.long_product); a weight's gradient sums over tokens
+LONGEST = 2**15 - 2  # terms of a sum that MPS computes right, see model.long_product
 
 
 def refuse_wrong_products(net, rt, batch_size, dropout):

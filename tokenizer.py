@@ -317,11 +317,11 @@ def fetch_from_hub(name: str) -> str:
             except RemoteEntryNotFoundError:  # not every model has one; the cache remembers that, too
                 pass
             except Exception:
-                if kept is None:
+                if not isinstance(kept, str):
                     raise
                 print(f"warning: {CONFIG} of {name!r} could not be fetched; if the end of text has another name than "
                       f"{', '.join(END_OF_TEXT)}, name it: --eot_token", file=sys.stderr)  # fmt: skip
-        return kept or hf_hub_download(name, FILE)
+        return kept if isinstance(kept, str) else hf_hub_download(name, FILE)  # the cache may say that there is none
     except HFValidationError as error:
         raise UserError(f"tokenizer {name!r}: no such file or folder, and not a name on the hub") from error
     except Exception as error:  # each cause has an error of its own

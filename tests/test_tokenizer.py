@@ -709,6 +709,21 @@ def test_a_cached_file_that_came_alone_asks_for_the_configuration(error, monkeyp
     assert ("--eot_token" in capsys.readouterr().err) == isinstance(error, ConnectionError)
 
 
+def test_a_model_known_to_have_no_tokenizer_is_one_line(monkeypatch, hub, byte_tokenizer):
+    """Bug: the cache's mark for a file that the hub does not have was taken for its path."""
+    import huggingface_hub
+
+    def fetch(name, file):
+        raise not_there()
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    in_cache(hub, "some/model", tokenizer_config="{}")
+    missing = hub / "models--some--model" / ".no_exist" / ("0" * 40)
+    missing.mkdir(parents=True)
+    (missing / "tokenizer.json").touch()
+    refused("some/model", "the hub gave none", "tokenizer.json")
+
+
 def test_damaged_file_in_the_cache_is_named(hub, byte_tokenizer):
     """Guards a download that was cut short: the message names the file to delete."""
     in_cache(hub, "some/model", tokenizer=byte_tokenizer.backend.to_str()[:1000], tokenizer_config="{}")

@@ -250,7 +250,9 @@ def cut_to_context(context: list[int], ending: list[int], block_size: int) -> tu
 
 
 class Row(NamedTuple):
-    """Sequences in one row of a batch: the beginning that they share, then the rest of each of them."""
+    """Sequences in one row of a batch: the beginning that they share, then the rest of each of them.
+
+    Lists as `pack` returns them; `make_rows` returns int32 arrays, which take less memory."""
 
     ids: list[int]  # (T,)
     positions: list[int]  # (T,) of each token in its own sequence
@@ -288,7 +290,7 @@ def make_rows(sequences, block_size, packed=True) -> list[Row]:
         row = pack(sequences, four) if packed else None
         fits = row is not None and len(row.ids) <= block_size
         some = [row] if fits else [pack(sequences, [number]) for number in four]
-        rows += [Row(*(np.array(column, np.int32) for column in row)) for row in some]  # less memory than lists
+        rows += [Row(*(np.array(column, np.int32) for column in row)) for row in some]
     return rows
 
 

@@ -635,6 +635,17 @@ SCENE = {"activity_label": "Cooking", "ctx": "A pot. A cook", "ctx_a": "A pot.",
 SCENE["endings"] = ["runs away.", "stirs the soup.", "sleeps.", "sings."]
 
 
+def test_hellaswag_is_tokenized_once(toy, tmp_path, monkeypatch):
+    """Bug: each evaluation of a run tokenized and packed all examples again, on every rank: seconds without a GPU."""
+    scenes, made = tmp_path / "scenes.jsonl", []
+    scenes.write_text((json.dumps(SCENE) + "\n") * 3)
+    real = train_module.hellaswag_eval.prepare
+    monkeypatch.setattr(train_module.hellaswag_eval, "prepare", lambda *args: made.append(real(*args)) or made[-1])
+    train(replace(toy, max_steps=4, eval_interval=0, hellaswag_interval=2, hellaswag_data=str(scenes)))
+    rows = [row for row in read_rows(toy.run_dir / "metrics.jsonl") if row["kind"] == "hellaswag"]
+    assert len(made) == 1 and len(rows) > 1
+
+
 @pytest.mark.parametrize(
     "during, module, function",
     [

@@ -81,6 +81,8 @@ def parse_arm(text) -> Arm:
     except ValueError as error:
         raise UserError(f"--arm {text!r}: {error}") from error
     codes = [word.removeprefix("code=") for word in words if word.startswith("code=")]
+    if "" in codes:
+        raise UserError(f"--arm {text!r}: code= names nothing")
     flags = tuple(word for word in words if not word.startswith("code="))
     return Arm(name.strip(), flags, codes[-1] if codes else None)
 
@@ -151,7 +153,8 @@ def version_of(arm: Arm) -> str | None:
             return git("rev-parse", "--verify", f"{arm.code}^{{commit}}").decode().strip()
         except UserError as error:
             raise UserError(
-                f"arm {arm.name!r}: code={arm.code}: found no file, no folder and no git revision of that name"
+                f"arm {arm.name!r}: code={arm.code}: found no file, no folder and no git revision of that name "
+                f"({error})"
             ) from error
     files = sources(path) if path.is_dir() else [path]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
@@ -218,6 +221,7 @@ class Run:
     command: list[str]
     max_steps: int
     tokens: int
+    device: str  # as --device has it
     error: str | None = None
 
     @property
@@ -228,12 +232,16 @@ class Run:
 def all_runs(folder, arms, seeds, common) -> list[Run]:
     """Seed by seed, so that a comparison that is stopped early has whole pairs."""
     configs = {arm.name: config_of(folder, arm, common) for arm in arms}
+    for name, c in configs.items():
+        if c["eval_interval"] == 0:
+            raise UserError(f"arm {name!r}: nothing is validated; compare with an --eval_interval above 0")
     runs = []
     for seed, arm in itertools.product(seeds, arms):
         c, directory = configs[arm.name], folder / arm_folder(arm.name) / f"seed_{seed}"
         own = ["--seed", str(seed), "--run_name", directory.name, "--checkpoint_dir", str(directory.parent)]
         command = [sys.executable, str(code_of(folder, arm) / "train.py"), *common, *arm.flags, *own]
-        runs.append(Run(arm, seed, directory, command, c["max_steps"], c["max_steps"] * c["total_batch_tokens"]))
+        tokens = c["max_steps"] * c["total_batch_tokens"]
+        runs.append(Run(arm, seed, directory, command, c["max_steps"], tokens, c["device"]))
     return runs
 
 
@@ -360,12 +368,12 @@ def compare(c: CompareConfig, common) -> int:
     if not c.name or Path(c.name).name != c.name:
         raise UserError(f"--name is {c.name!r}; give the comparison a name that can be a folder's")
     folder = Path(c.dir) / c.name
-    cuda = cuda_names()
-    jobs = c.jobs or jobs_at_once(cuda)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock, locked(lock, lambda: f"{folder} is in use: runs of it are going on", 30):
         facts = set_up(folder, arms, common)
         runs = all_runs(folder, arms, seeds, common)
+        cuda = [] if all(r.device == "cpu" for r in runs) else cuda_names()
+        jobs = c.jobs or jobs_at_once(cuda)
         if c.dry_run:
             return dry_run(runs, jobs)
         write_json(folder / "comparison.json", facts)

@@ -87,18 +87,24 @@ def outcome(run_dir) -> dict:
     metrics = Path(run_dir) / "metrics.jsonl"
     rows = list(read_rows(metrics))
     vals = [row for row in rows if row["kind"] == "val"]
-    if not vals:
-        raise UserError(f"{run_dir}: no validation in it; compare with an --eval_interval above 0")
     hellaswag = [row["completion_acc_norm"] for row in rows if row["kind"] == "hellaswag"]
     return {
         "tokens": [row["tokens"] for row in vals],
         "loss": [row["loss"] for row in vals],
         "bits_per_byte": [row.get("bits_per_byte") for row in vals],
+        "text": text_size(vals[-1]),
         "seconds": max(row["seconds"] for row in rows),
         "tokens_per_second": median_speed(rows),
         "hellaswag": hellaswag[-1] if hellaswag else None,
         "tokenizer": plot_run.tokenizer_of(metrics),
     }
+
+
+def text_size(val) -> tuple[int, str]:
+    """How much text a validation reads: its bytes, or its tokens where their bytes are unknown."""
+    if val.get("bits_per_byte"):
+        return round(val["loss"] * val["targets"] / math.log(2) / val["bits_per_byte"]), "bytes"
+    return val.get("targets", 0), "tokens"
 
 
 def median_speed(rows) -> float:
@@ -124,6 +130,11 @@ def tokens_to_reach(outcome, target, measure) -> float | None:
     return float(t[0] if i == 0 else t[i - 1] + (t[i] - t[i - 1]) * (y[i - 1] - target) / (y[i - 1] - y[i]))
 
 
+def tokens_of_base(outcome, measure) -> float:
+    """Tokens after which the base first has its final loss: all of them, or fewer if it overfits."""
+    return tokens_to_reach(outcome, outcome[measure][-1], measure) or outcome["tokens"][-1]
+
+
 def summarize(outcomes, failed) -> list[dict]:
     """A row per arm, the first of which is the base. All runs are read at their last validation.
 
@@ -140,7 +151,8 @@ def summarize(outcomes, failed) -> list[dict]:
         if pairs:
             row["difference"] = paired([values[base][s] for s in pairs], [values[arm][s] for s in pairs])
             reached = [tokens_to_reach(by_seed[s], values[base][s], measure) for s in pairs]
-            shares = [t / outcomes[base][s]["tokens"][-1] for t, s in zip(reached, pairs) if t is not None]
+            own = [tokens_of_base(outcomes[base][s], measure) for s in pairs]
+            shares = [t / of for t, of in zip(reached, own) if t is not None]
             row["reached"] = len(shares)  # seeds with which the arm comes to the base's final loss
             row["token_share"] = paired([0.0] * len(shares), shares) if len(shares) == len(pairs) else None
         rows.append(row)
@@ -158,7 +170,6 @@ def means(runs, values, measure) -> dict:
     return {
         "mean": statistics.fmean(values),
         "error": standard_error(values),
-        "loss": statistics.fmean(run["loss"][-1] for run in runs),
         "tokens": max(run["tokens"][-1] for run in runs),
         "seconds": statistics.fmean(run["seconds"] for run in runs),
         "tokens_per_second": statistics.fmean(run["tokens_per_second"] for run in runs),
@@ -184,7 +195,7 @@ def verdict(row, comparisons=1) -> str:
     if row["real"]:
         return f"{word} by {size}"
     if d["low"] * d["high"] > 0:
-        return f"not told from noise among {comparisons} comparisons; alone it would be {word} by {size}"
+        return f"too uncertain among {comparisons} comparisons; alone it would be {word} by {size}"
     return f"no difference found; one of more than {high:.3f} {unit} is excluded (95%, {d['seeds']} seeds)"
 
 
@@ -198,10 +209,11 @@ def notes(rows) -> list[str]:
         tables = "1 comparison" if len(compared) == 1 else f"{len(compared)} comparisons"
         said.append(f"{tables}: a false 'better' or 'worse' somewhere in {LEVEL:.0%} of such tables (Holm's test)")
         n = max(d["seeds"] for d in compared)
-        error = math.sqrt(statistics.fmean(d["error"] ** 2 for d in compared if d["seeds"] == n))
+        error = statistics.median(d["error"] for d in compared if d["seeds"] == n)  # one wild arm speaks for itself
         if error:  # arms that are the same run scatter not at all
             least = smallest_shown(error, n, len(compared))
-            said.append(f"{n} seeds find a difference of {least:.3f} {POWER:.0%} of the time")
+            unit = UNITS[good[0]["measure"]]
+            said.append(f"{n} seeds find a difference of {least:.3f} {unit} in {POWER:.0%} of such tables")
     if good and good[0]["error"] is not None:
         deviation = statistics.stdev(good[0]["values"].values())
         said.append(f"noise of {good[0]['arm']} over its seeds: standard deviation {deviation:.4f}")
@@ -257,7 +269,6 @@ def cells(row, budgets, in_bits) -> dict[str, str]:
         measure: with_error(row["mean"], row["error"], digits=4),
         "difference [95%]": difference,
         "tokens to base's": share,
-        "loss per token (does not compare)": f"{row['loss']:.4f}" if in_bits else "",
         "HellaSwag (%)": hellaswag,
         "tokens": f"{row['tokens']:,}" if budgets else "",
         "tokens/s": f"{row['tokens_per_second']:,.0f}",
@@ -279,6 +290,10 @@ def write(folder, runs, failed):
     outcomes = {arm: {seed: outcome(path) for seed, path in by_seed.items()} for arm, by_seed in runs.items()}
     rows = summarize(outcomes, failed)
     lines, said = table(rows), notes(rows)
+    texts = sorted({run["text"] for by_seed in outcomes.values() for run in by_seed.values()})
+    if len(texts) > 1:
+        sizes = ", ".join(f"{n:,} {unit}" for n, unit in texts)
+        said.insert(0, f"the arms validate on different texts ({sizes}): their losses do not compare")
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

@@ -103,7 +103,7 @@ def test_a_difference_that_only_counts_alone_is_said_to_be_undecided():
     """Bug: "no difference found" of an interval that is far from zero, and the reader drops the idea."""
     d = {"seeds": 3, "mean": 0.05, "error": 0.005, "low": 0.03, "high": 0.07, "p": 0.01}
     said = report.verdict({"difference": d, "measure": "loss", "real": False}, 5)
-    assert said.startswith("not told from noise among 5 comparisons; alone it would be worse by 0.050 ± 0.005")
+    assert said.startswith("too uncertain among 5 comparisons; alone it would be worse by 0.050 ± 0.005")
     assert report.verdict({"difference": d, "measure": "loss", "real": True}, 5).startswith("worse by 0.050 ± 0.005")
     d |= {"low": -0.01, "high": 0.11}
     assert "one of more than 0.110" in report.verdict({"difference": d, "measure": "loss", "real": False}, 5)
@@ -116,13 +116,23 @@ def test_an_arm_that_is_the_same_run_has_the_same_numbers():
     assert said[0] == "again: the same numbers with every seed" and not any("seeds find" in line for line in said)
 
 
+def test_one_wild_arm_does_not_set_the_smallest_difference_of_all():
+    """Bug: "3 seeds find a difference of 0.240", from an arm that diverged, beside arms that differ by 0.02."""
+    base = {seed: outcome(4, 3) for seed in (1, 2, 3)}
+    runs = {"base": base, "wild": {seed: outcome(9, 8 + 2 * seed) for seed in base}}
+    runs |= {name: {seed: outcome(4, 3 + seed / 100) for seed in base} for name in ("one", "two")}
+    [said] = [line for line in report.notes(report.summarize(runs, {})) if "seeds find" in line]
+    assert f"a difference of {report.smallest_shown(0.01 / 3**0.5, 3, 3):.3f} nats" in said
+
+
 def test_the_seeds_and_the_errors_of_a_note_are_of_the_same_arms():
     """Bug: "2 seeds find a difference of ..." from an error of mostly three seeds, as the first arm had lost one."""
     runs = {"base": {seed: outcome(4, 3) for seed in (1, 2, 3)}}
     runs["two"] = {seed: outcome(4, 3 + seed) for seed in (1, 2)}
     runs["three"] = {seed: outcome(4, 3 + seed / 100) for seed in (1, 2, 3)}
     [said] = [line for line in report.notes(report.summarize(runs, {})) if "seeds find" in line]
-    assert said == f"3 seeds find a difference of {report.smallest_shown(0.01 / 3**0.5, 3, 2):.3f} 90% of the time"
+    least = report.smallest_shown(0.01 / 3**0.5, 3, 2)
+    assert said == f"3 seeds find a difference of {least:.3f} nats in 90% of such tables"
 
 
 def config(**values):
@@ -143,6 +153,7 @@ def test_arms_are_multiplied_by_sweeps():
         (dict(arm=("base",)), 'expected "NAME: FLAGS"'),
         (dict(arm=("a b:", "a_b:")), "must differ"),
         (dict(sweep=("lr",)), "expected FLAG=VALUE"),
+        (dict(arm=("base:", "x: code= --lr 1")), "code= names nothing"),  # an unset shell variable: the base again
         (dict(arm=("rope:", "RoPE:")), "upper and lower case"),  # one folder on a Mac: a run compared with itself
         (dict(arm=("base:", "unchanged: code=x.patch")), "'unchanged': that name is kept"),  # two codes in one folder
     ],
@@ -207,6 +218,13 @@ def test_the_share_of_tokens_has_an_interval_and_says_with_how_many_seeds():
     assert report.table(rows)[2][column] == "not reached"
 
 
+def test_a_base_that_overfits_is_held_against_its_own_first_time_at_that_loss():
+    """Bug: an arm that is the base again "needs 0.22 of the tokens", because the base was that low before its end."""
+    base = outcome(7, 3.2, 4)  # 3.2 in the middle, 4 at the end
+    rows = report.summarize({"base": {1: base}, "again": {1: base}}, {})
+    assert rows[1]["token_share"]["mean"] == 1.0
+
+
 def test_other_tokenizers_compare_in_bits_per_byte():
     """Bug: "better by 0.5 nats" of an arm whose tokens are shorter."""
     runs = {"base": {1: outcome(4, 3, bits=1)}, "other": {1: outcome(4, 2.5, bits=1.3, tokenizer="b")}}
@@ -214,7 +232,6 @@ def test_other_tokenizers_compare_in_bits_per_byte():
     assert rows[1]["difference"]["mean"] == pytest.approx(0.25)
     head, _, other = report.table(rows)
     assert other[head.index("bits per byte")] == "3.2500"
-    assert other[head.index("loss per token (does not compare)")] == "2.5000"
     assert any("losses per token do not compare" in line for line in report.notes(rows))
     with pytest.raises(UserError, match="gives no bits per byte"):
         report.summarize(runs | {"third": {1: outcome(4, 3, tokenizer="c")}}, {})
@@ -248,7 +265,7 @@ def finished_comparison(folder, **arms):
         for seed, loss in enumerate(losses, 1):
             run_dir = folder / arm / f"seed_{seed}"
             run_dir.mkdir(parents=True)
-            val = {"kind": "val", "seconds": 1.0, "bits_per_byte": None}
+            val = {"kind": "val", "seconds": 1.0, "bits_per_byte": None, "targets": 64}
             rows = [val | {"step": n, "tokens": 100 * n, "loss": loss + 1 - n} for n in (0, 1)]
             rows.append({"kind": "train", "step": 1, "tokens": 100, "seconds": 1.0, "tokens_per_second": 100})
             (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -271,6 +288,17 @@ def test_a_report_is_written_again_from_its_finished_runs(tmp_path, capsys):
     assert "2 seeds" in capsys.readouterr().out, "a run that goes on is in no pair"
     assert run(lambda: report.main([str(tmp_path)])) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_arms_that_validate_on_other_texts_are_said_not_to_compare(tmp_path, capsys):
+    """Bug: an arm with --data_dir validates on text of its own, and the table said "better" of it."""
+    finished_comparison(tmp_path / "c", base=[3.0, 3.1], data=[2.9, 3.01])
+    for n in (1, 2):
+        file = tmp_path / "c" / "data" / f"seed_{n}" / "metrics.jsonl"
+        file.write_text(file.read_text().replace('"targets": 64', '"targets": 32'))
+    assert run(lambda: report.main([str(tmp_path / "c")])) == 0
+    said = "the arms validate on different texts (32 tokens, 64 tokens): their losses do not compare"
+    assert said in capsys.readouterr().out.splitlines()
 
 
 KEPT = sorted((ROOT / "benchmarks" / "results" / "comparisons").glob("*/comparison.json"))
@@ -356,6 +384,8 @@ def test_flags_are_checked_before_any_run(tiny, tmp_path):
     command = ["--name", "c", "--dir", str(tmp_path / "cs"), "--arm", "base:", "--arm", "x: --lr -1", "--", *tiny]
     with pytest.raises(UserError, match=r"arm 'x': .*lr"):
         compare.main(command)
+    with pytest.raises(UserError, match=r"arm 'base': nothing is validated; .* --eval_interval above 0"):
+        compare.main([*command[: command.index("--arm") + 2], "--arm", "y:", "--", *tiny, "--eval_interval", "0"])
     with pytest.raises(UserError, match="--seed: set by the comparison"):
         compare.main([*command[:-1], "--seed", "3"])
     assert not list((tmp_path / "cs").rglob("metrics.jsonl"))
@@ -431,7 +461,9 @@ def test_runs_share_the_cuda_devices_that_were_given(given, expected, tmp_path, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if given:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    runs = [compare.Run(Arm("a"), n, tmp_path / f"seed_{n}", [sys.executable, "-c", TELLS], 10, 10) for n in (1, 2)]
+    runs = [
+        compare.Run(Arm("a"), n, tmp_path / f"seed_{n}", [sys.executable, "-c", TELLS], 10, 10, "auto") for n in (1, 2)
+    ]
     for r in runs:
         r.directory.mkdir()
     with open(tmp_path / "lock", "a") as lock:
@@ -448,10 +480,21 @@ def test_as_many_runs_at_once_as_the_machine_lends(monkeypatch):
         assert compare.jobs_at_once(cuda) == expected
 
 
+def test_runs_on_the_cpu_take_no_gpu(tiny, tmp_path, monkeypatch, capsys):
+    """Bug: --device cpu on a machine with eight GPUs: eight runs at once, each with all cores."""
+    monkeypatch.setattr(compare, "cuda_names", lambda: [str(i) for i in range(8)])
+    monkeypatch.setattr(compare, "cores", lambda: 2)
+    arms = ["--name", "c", "--dir", str(tmp_path), "--dry_run", "--arm", "a:", "--arm", "b: --lr 1e-3"]
+    assert compare.main([*arms, "--", *tiny]) == 0
+    assert "1 run(s) at the same time" in capsys.readouterr().out
+    assert compare.main([*arms, "--", *tiny, "--device", "cuda"]) == 0
+    assert "8 run(s) at the same time" in capsys.readouterr().out
+
+
 def test_a_run_that_a_signal_killed_says_so(tmp_path, capsys):
     """Bug: "failed with exit code -9" and the last step's line, of a run for which memory was short."""
     code = "import os, signal; print('step 7', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
-    one = compare.Run(Arm("a"), 1, tmp_path / "seed_1", [sys.executable, "-c", code], 10, 10)
+    one = compare.Run(Arm("a"), 1, tmp_path / "seed_1", [sys.executable, "-c", code], 10, 10, "auto")
     with open(tmp_path / "lock", "a") as lock:
         assert compare.run_all([one], 1, [], lock) == 0
     assert one.error == "killed by signal 9 (often for lack of memory), after: step 7"
@@ -475,7 +518,7 @@ def test_a_run_is_asked_once_to_stop_and_is_not_called_failed(tmp_path, capsys):
     """Bugs: a signal each fifth of a second, of which the second ends a run while it saves; a stopped run in the table
     of those that failed."""
     ready = tmp_path / "ready"
-    one = compare.Run(Arm("a"), 1, tmp_path / "seed_1", [sys.executable, "-c", COUNTS, str(ready)], 10, 10)
+    one = compare.Run(Arm("a"), 1, tmp_path / "seed_1", [sys.executable, "-c", COUNTS, str(ready)], 10, 10, "auto")
     stop = threading.Thread(target=lambda: eventually(ready.exists) and os.kill(os.getpid(), signal.SIGTERM))
     stop.start()
     with open(tmp_path / "lock", "a") as lock:

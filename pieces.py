@@ -68,7 +68,8 @@ def cut_into_pieces(files, role, shard_tokens, first=0) -> list[Piece]:
         if parts > 1:
             found += [([path], part, parts) for part in range(parts)]
         else:
-            small, size = [*small, path], size + n
+            small.append(path)
+            size += n
     found += [(small, 0, 1)] if small else []
     return [Piece(i, role, *piece) for i, piece in enumerate(found, first)]
 

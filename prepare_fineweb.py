@@ -112,7 +112,8 @@ def problems(c: PrepareConfig) -> list[str]:
     if type_problems(c):
         return found
     for instead in (name for name in ("demo", "token_shards") if getattr(c, name)):
-        others = (f for f in fields(c) if f.name not in ("out_dir", instead) and getattr(c, f.name) != f.default)
+        allowed = ("out_dir", instead, "restart" if instead == "demo" else "")
+        others = (f for f in fields(c) if f.name not in allowed and getattr(c, f.name) != f.default)
         found += [f"--{f.name}: not together with --{instead}" for f in others]
     hub = [name for name in ("dataset", "subset", "revision") if getattr(c, name)]
     found += [f"--{name} is for the hub: not together with --local_files" for name in hub if c.local_files]
@@ -156,8 +157,8 @@ def plan_and_pieces(c, directories, recipe, files) -> tuple[dict, list]:
     plan = None if c.restart else read_plan(directories, recipe)
     commit = None
     if not c.local_files:
-        name, subset = (c.dataset, c.subset) if c.dataset else (DATASET, c.subset or SUBSET)
-        files["local_files"], commit = hub_files(name, subset, c.split, plan.get("commit") if plan else c.revision)
+        revision = plan.get("commit") if plan else c.revision
+        files["local_files"], commit = hub_files(c.dataset, c.subset, c.split, revision)
     pieces = cut_into_pieces(files["val_files"], "val", c.shard_tokens)
     pieces += cut_into_pieces(files["local_files"], "train" if pieces else "both", c.shard_tokens, len(pieces))
     if plan is None:
@@ -244,6 +245,8 @@ def prepare(c: PrepareConfig) -> dict[str, dict]:
     refuse(found)
     if not c.val_files and c.val_share is None:
         c = replace(c, val_share=OWN_VAL_SHARE if c.local_files else VAL_SHARE)
+    if not c.local_files and not c.dataset:
+        c = replace(c, dataset=DATASET, subset=c.subset or SUBSET)  # the manifest names them
     directories, recipe = split_directories(c.out_dir), recipe_of(c, files)
     manifests = None if c.restart else already_prepared(directories, recipe)
     if manifests:
@@ -291,16 +294,18 @@ DEMO_LEAST = 500_000  # characters; below it there is too little to learn from
 VAL_EVERY = 20  # of the demo's documents, one is for validation
 
 
-def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
+def prepare_demo(directory=DEMO_DIR, vocab_size=2048, restart=False) -> dict[str, dict]:
     """Makes the demo corpus in `directory` and `<directory>_val` unless it is there; returns the manifests.
 
     About 2 MB of text: the language reference that help() shows, and the standard library's docstrings, one document
     per module. The tokenizer is a byte-level BPE of `vocab_size` ids trained on the training part. The same for the
-    same Python version. UserError if `directory` holds anything else.
+    same installation of Python. UserError if `directory` holds anything else; with `restart` a preparation of another
+    recipe is replaced.
     """
     directories, c = split_directories(directory), PrepareConfig(out_dir=directory)
     source = {"texts": "CPython's help topics and docstrings", "vocab_size": vocab_size, "val_every": VAL_EVERY}
-    manifests, made = already_prepared(directories, {"source": source}), "there already"
+    recipe, made = {"source": source}, "there already"
+    manifests = None if restart else already_prepared(directories, recipe)
     if not manifests:
         texts = [*demo_corpus.help_topics(), *demo_corpus.library_docstrings()]
         if sum(map(len, texts)) < DEMO_LEAST:
@@ -309,7 +314,9 @@ def prepare_demo(directory=DEMO_DIR, vocab_size=2048) -> dict[str, dict]:
         parts = {"val": texts[::VAL_EVERY], "train": [text for n, text in enumerate(texts) if n % VAL_EVERY]}
         tokenizer = train_tokenizer(parts["train"], vocab_size, "demo")
         with only_writer(directories, LOCK_SECONDS):
-            manifests = already_prepared(directories, {"source": source})  # by another run, while this one waited
+            if not restart:
+                manifests = already_prepared(directories, recipe)  # by another run, while this one waited
+                read_plan(directories, recipe)  # refuses where pieces of an unfinished preparation would be lost
             if not manifests:
                 manifests, made = write_demo(c, directories, parts, tokenizer, source), "made"
     train, val = manifests["train"], manifests["val"]
@@ -362,7 +369,7 @@ def main(argv=None):
     if c.demo or c.token_shards:
         refuse(problems(c))
     if c.demo:
-        prepare_demo(DEMO_DIR if c.out_dir == OUT_DIR else c.out_dir)
+        prepare_demo(DEMO_DIR if c.out_dir == OUT_DIR else c.out_dir, restart=c.restart)
     elif c.token_shards:
         fetch_shards(c.token_shards, c.out_dir)
     else:

@@ -4,7 +4,6 @@ The recipe is the source, the flags and the tokenizer. An unfinished preparation
 one in the manifest.json of each folder. So another recipe is refused before anything is written.
 """
 
-import os
 import re
 import shutil
 from collections import Counter
@@ -101,13 +100,11 @@ def only_writer(directories, seconds=0):
             raise UserError(f"{directory}: a file; name another --out_dir")
     for directory in directories.values():
         directory.mkdir(parents=True, exist_ok=True)
-    fd = os.open(directories["train"], os.O_RDONLY)
-    try:
-        with locked(fd, lambda: f"{directories['train']}: another process is preparing it", seconds):
-            refuse_foreign(directories)
-            yield
-    finally:
-        os.close(fd)
+    taken = f"{directories['train']}: another process is preparing it"
+    # a file that is open for writing: NFS keeps the lock of a folder within one host, and so is none between hosts
+    with open(directories["train"] / ".lock", "a") as f, locked(f, lambda: taken, seconds):
+        refuse_foreign(directories)
+        yield
 
 
 def files_in(directories) -> dict[Path, str]:

@@ -5,8 +5,6 @@
     ids = tokenizer.encode("Once upon a time")
     text = tokenizer.decode(ids)
 
-    python tokenizer.py train --local_files 'texts/*.txt' --vocab_size 16384 --out_dir my_tokenizer
-
 A literal "<|endoftext|>" inside a document is text: it is split like any other characters and never becomes the marker
 that separates documents.
 
@@ -20,17 +18,15 @@ import json
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
+from support.cli import UserError  # isort: split
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from support.files import sync
-from support.rows import Wanted, find_files, rows_of
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"  # its eos_token names the token that ends a text; transformers reads it too
@@ -123,9 +119,10 @@ class TextTokenizer:
             return None  # `tokenizers` looks for an added token in the text unless it is special
         try:
             from fastokens import Tokenizer as FastTokenizer
-        except ImportError:
+
+            return FastTokenizer.from_json_str(json.dumps(self.contents | {"added_tokens": []}))
+        except (ImportError, ValueError):  # not installed, or it cannot read this one, such as ids with gaps
             return None
-        return FastTokenizer.from_json_str(json.dumps(self.contents | {"added_tokens": []}))
 
     def decode(self, ids) -> str:
         """The text of the ids, markers included; bytes that are not UTF-8 become U+FFFD."""
@@ -262,9 +259,10 @@ def replace_surrogates(text: str) -> str:
 def splits_as_gpt2(backend: Tokenizer) -> bool:
     """Whether the tokenizer cuts text into words as GPT-2 does, changes nothing before, and merges within words."""
     words, model = backend.pre_tokenizer, backend.model
+    if not isinstance(words, pre_tokenizers.ByteLevel) or not isinstance(model, models.BPE):
+        return False  # only a BPE has the settings below
     others = (model.dropout, model.continuing_subword_prefix, model.end_of_word_suffix, model.ignore_merges)
-    plain = isinstance(words, pre_tokenizers.ByteLevel) and words.use_regex and not words.add_prefix_space
-    return plain and backend.normalizer is None and not any(others)
+    return words.use_regex and not words.add_prefix_space and backend.normalizer is None and not any(others)
 
 
 def load_tokenizer(name_or_path: str | os.PathLike = "gpt2", eot_token: str | None = None) -> TextTokenizer:
@@ -358,43 +356,3 @@ def train_tokenizer(texts, vocab_size: int, name="trained") -> TextTokenizer:
     )
     backend.train_from_iterator(map(replace_surrogates, texts), trainer)
     return TextTokenizer(backend, name)
-
-
-# ---------------------------------------------------------------------------------------
-# The command line.
-
-
-@dataclass(frozen=True)
-class TrainTokenizerConfig:
-    """A byte-level BPE from files of text. Every field is a flag."""
-
-    command: str = flag(REQUIRED, "what to do", choices=("train",), positional=True)
-    local_files: tuple[str, ...] = flag(REQUIRED, "text, in the formats that prepare_fineweb.py reads", unit="glob")
-    vocab_size: int = flag(16_384, "number of ids", at_least=257, at_most=2**20)
-    out_dir: str = flag("my_tokenizer", "folder to write, for --tokenizer", unit="folder")
-    text_column: str = flag("text", "column or key of the text")
-    max_chars: int = flag(50_000_000, "characters of text used, from the beginning", at_least=1)
-
-
-def main(argv=None):
-    c = parse(TrainTokenizerConfig, argv, __doc__)
-    paths = [file.path for file in find_files("local_files", c.local_files)]
-
-    def texts(left=c.max_chars):
-        for _, row in rows_of(paths, Wanted(c.text_column)):
-            if left <= 0:
-                return
-            text = row["text"].decode(errors="replace") if isinstance(row["text"], bytes) else row["text"]
-            if isinstance(text, str):
-                yield text[:left]
-                left -= len(text)
-
-    tokenizer = train_tokenizer(texts(), c.vocab_size)
-    Path(c.out_dir).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(c.out_dir)
-    print(f"{c.out_dir}: {tokenizer.vocab_size:,} ids")
-    print(f"next: python prepare_fineweb.py --tokenizer {c.out_dir} --local_files {' '.join(map(repr, c.local_files))}")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

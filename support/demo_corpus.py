@@ -1,6 +1,6 @@
 """The text of a small corpus that needs no network: what every CPython says about itself.
 
-About 2 MB of English for people who program, the same for the same Python version: the language
+About 2 MB of English for people who program, the same for the same installation of Python: the language
 reference that help() shows, and the standard library's docstrings. prepare_fineweb.py makes shards of it.
 """
 

@@ -110,7 +110,8 @@ def check_answer(response, url, part, have):
         part.unlink(missing_ok=True)
         raise Failed("the server has no bytes beyond those that are here")
     if code not in (200, 206):
-        reason = {401: " (log in: `hf auth login`)", 403: " (its terms may have to be accepted)"}.get(code, "")
+        reason = {401: " (no such file, or it needs a login; then fetch it by other means)",
+                  403: " (its terms may have to be accepted)"}.get(code, "")  # fmt: skip
         raise UserError(f"{url}: the server answers {code}{reason}")
     if "text/html" in response.headers.get("Content-Type", ""):
         raise Failed("the server sends a web page instead of the file")

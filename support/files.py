@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -53,7 +54,7 @@ def write_whole(path, *parts):
         with open(path, "wb") as f:
             f.writelines(parts)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with open(temporary, "wb") as f:
             f.writelines(parts)

@@ -20,6 +20,7 @@ from support.files import natural
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
            ".arrow": "arrow", ".txt": "text"}  # fmt: skip
 COMPRESSED = (".gz", ".zst")
+MOST_STAMPS = 100_000  # files that a manifest names one by one: 11 MB; with a million, read_json would refuse it
 SPLIT_CHARS = 2**24  # of a text file, searched for --split_on at once
 
 
@@ -115,7 +116,9 @@ def stamps(files) -> dict:
             ends += f.read(2**16)
         name = path.encode(errors="replace").decode()  # any name fits into JSON
         found[name] = [size, int(os.stat(path).st_mtime), hashlib.sha256(ends).hexdigest()[:16]]
-    return found
+    if len(found) <= MOST_STAMPS:
+        return found
+    return {"files": len(found), "sha256": hashlib.sha256(json.dumps(found).encode()).hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------
@@ -137,12 +140,12 @@ def rows_of(paths, wanted, part=0, parts=1):
             raise UserError(f"{path}: cannot be read after row {number:,} ({why})") from error
 
 
-def columns_of(there, wanted) -> dict:
+def columns_of(there, wanted, may_lack=()) -> dict:
     """Which column serves as text, score and language, where they are wanted. UserError if one is missing."""
     names_of = {"text": (wanted.text_column,)}
     names_of |= {"score": ("score", "int_score")} if wanted.score else {}
     names_of |= {"language": ("language",)} if wanted.language else {}
-    found = {key: next((name for name in names if name in there), None) for key, names in names_of.items()}
+    found = {key: next((n for n in names if n in there or n in may_lack), None) for key, names in names_of.items()}
     for key, names in names_of.items():
         if found[key] is None:
             hint = "; see --text_column" if key == "text" else ""
@@ -187,7 +190,7 @@ def read_json(path, wanted, part, parts):
         for row in json_values(file):
             if not isinstance(row, dict):
                 raise UserError(f"a JSON {type(row).__name__}, expected an object")
-            columns = columns_of({"int_score": None, "language": None} | row, wanted)  # these may be left out
+            columns = columns_of(row, wanted, may_lack=("int_score", "language"))
             yield {key: row.get(name) for key, name in columns.items()}
 
 

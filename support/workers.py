@@ -17,15 +17,9 @@ LOST = BrokenProcessPool  # what a future raises when a process of this machine 
 stopping = None  # the event that says that nobody waits for a function's result any more
 
 
-@contextmanager
 def open_workers(engine="local", n=1, start_method="spawn", ray_address=None):
-    """(executor, how many functions it runs at once)."""
-    if engine == "ray":
-        with ray_cluster(ray_address) as found:
-            yield found
-    else:
-        with on_this_machine(n, start_method) as pool:
-            yield pool, n
+    """Context of (executor, how many functions it runs at once)."""
+    return ray_cluster(ray_address) if engine == "ray" else on_this_machine(n, start_method)
 
 
 def cores() -> int:
@@ -55,7 +49,7 @@ def on_this_machine(n, start_method):
         stop = context.Event()
         pool = ProcessPoolExecutor(n, context, begin_worker, (stop,))
     try:
-        yield pool
+        yield pool, n
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -26,7 +26,6 @@ TINY = (
 )
 SHORT = {  # how a command begins -> the flags that make it short; of a flag given twice, the last one counts
     "prepare_fineweb.py": "",
-    "tokenizer.py train": "--vocab_size 300",
     "prepare_fineweb.py$": "--local_files 'texts/*.parquet' --val_share 0.1",  # for the hub
     "train.py": TINY,
     "train.py --run_name demo": "--max_steps 6",

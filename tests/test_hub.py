@@ -285,7 +285,7 @@ def test_a_dataset_is_read_at_one_commit_in_order(hub, made):
     assert shards("d") == shards("e") and len(shards("d")) > 5
     manifest = json.loads(Path("d", MANIFEST).read_text())
     assert manifest["source"] == {
-        "dataset": None, "subset": None, "split": "train", "revision": None, "text_column": "text"
+        "dataset": NAME, "subset": "sample-10BT", "split": "train", "revision": None, "text_column": "text"
     }  # fmt: skip
     assert manifest["source_version"] == SHA
     assert not any("data/CC-1/0" in path for path, _ in hub.log)

@@ -63,6 +63,12 @@ def some_ids(tokenizer):
     return st.lists(one.map(lambda i: [i]) | cut, max_size=14).map(lambda parts: [i for part in parts for i in part])
 
 
+def test_arrays_equal_lists_for_each_kind(kind):
+    """Bug: a traceback from each tokenizer that is not a BPE, in preparations and in HellaSwag."""
+    texts = ["the cat sat", "don't, 123  é😀", "", "x"]
+    assert [ids.tolist() for ids in kind.encode_arrays(texts)] == kind.encode_batch(texts)
+
+
 # ---------------------------------------------------------------------------------------
 # Text while it is written.
 

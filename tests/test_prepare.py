@@ -26,7 +26,7 @@ import pieces
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify_shards
 from prepare_fineweb import PrepareConfig, prepare_demo
-from support import demo_corpus, workers
+from support import demo_corpus, rows, workers
 from support.cli import UserError, run
 from support.files import JSON_LIMIT
 from support.rows import File, stamps
@@ -383,6 +383,23 @@ def test_a_column_that_is_not_text_is_named(texts, here, capsys):
     assert "a.parquet, row 1: the text is " in refused(capsys, "--local_files", "a.parquet")
     line = refused(capsys, "--local_files", "a.parquet", "--text_column", "content")
     assert "no column content, but id, text; see --text_column" in line
+    Path("a.jsonl").write_text('{"content": "x"}\n')
+    assert "no column text, but content; see --text_column" in refused(capsys, "--local_files", "a.jsonl")
+
+
+def test_a_manifest_of_very_many_files_can_be_read(here, capsys, monkeypatch):
+    """Bug: a preparation of a million small files ended well, with a manifest too large for any program to read."""
+    monkeypatch.setattr(rows, "MOST_STAMPS", 5)
+    for i in range(20):
+        Path(f"{i}.txt").write_text(f"text number {i} " * 20)
+    files = ["--local_files", *(f"{i}.txt" for i in range(20))]
+    assert command(capsys, *files)[0] == 0
+    source = json.loads(Path("edu_fineweb10B", MANIFEST).read_text())["source"]
+    assert source["local_files"].keys() == {"files", "sha256"} and source["local_files"]["files"] == 20
+    before = times(here)
+    assert command(capsys, *files)[0] == 0 and times(here) == before
+    Path("7.txt").write_text("another text")
+    assert "local_files" in refused(capsys, *files)
 
 
 # --- limits and splits
@@ -743,7 +760,7 @@ def test_two_processes_do_not_prepare_the_same_directory(unfinished, capsys):
     """Bugs: one removes what the other is writing; the processes of a run that was just killed are not waited for."""
     with prepare_fineweb.only_writer(pieces.split_directories("d")):
         assert "another process is preparing it" in refused(capsys, *unfinished)
-    fd = os.open("d", os.O_RDONLY)
+    fd = os.open("d/.lock", os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
     prepare_fineweb.LOCK_SECONDS = 60  # undone by the fixture
     threading.Timer(0.3, os.close, (fd,)).start()
@@ -987,6 +1004,17 @@ def test_demo_corpus_that_another_run_has_made_meanwhile_is_kept(here, monkeypat
     monkeypatch.setattr(prepare_fineweb, "train_tokenizer", while_another_makes_it)
     assert prepare_demo("d", vocab_size=300)["train"]["documents"] == 38
     assert seen and times(here) == seen
+
+
+def test_the_demo_deletes_no_unfinished_preparation(unfinished, capsys):
+    """Bug: --demo with the folder of another preparation removed its pieces without a word."""
+    before = contents("d")
+    assert run(lambda: prepare_fineweb.main(["--demo", "--out_dir", "d"])) == 2
+    line = capsys.readouterr().err
+    assert "d: was begun with another recipe" in line and "begin anew with --restart" in line
+    assert contents("d") == before
+    assert run(lambda: prepare_fineweb.main(["--demo", "--out_dir", "d", "--restart"])) == 0
+    assert json.loads(Path("d", MANIFEST).read_text())["source"]["vocab_size"] == 2048
 
 
 def test_demo_needs_no_documentation_elsewhere(here, monkeypatch):

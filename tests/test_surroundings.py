@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,6 +206,13 @@ def test_a_flush_that_a_file_system_lacks_is_done_without(tmp_path, monkeypatch,
             write_whole(tmp_path / "file", b"other")
         assert str(tmp_path) in str(caught.value), "the error names the place"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Bug: the temporary name held only the process id, and processes in two containers often have the same."""
+    with ThreadPoolExecutor(2) as pool:
+        writes = [pool.submit(write_whole, tmp_path / "file", bytes(10_000)) for _ in range(100)]
+        assert [done.result() for done in writes] == [None] * 100
 
 
 def test_macos_writes_the_cache_of_the_drive(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def write_checkpoint(run_dir, step, config, tensors, state, tokenizer) -> Path:
 
 
 def point(run_dir, name, step, **facts):
-    """<name>.json says which checkpoint is the latest or the best, to people and to `find_checkpoint`."""
+    """<name>.json says to people which checkpoint is the latest or the best; `find_checkpoint` reads the best."""
     write_json(Path(run_dir) / f"{name}.json", {"step": step, "checkpoint": name_of(step), **facts})
 
 
@@ -133,7 +133,7 @@ def remove(directory):
     doomed = directory.with_name(f"{DOOMED}{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(directory, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # what is left, as of a read-only one, does not stop the run
 
 
 def set_aside(path) -> Path:
@@ -161,7 +161,7 @@ def remove_old(run_dir, keep_last, best_step=None):
 def clean(run_dir):
     """Removes the unfinished files of a session that was killed."""
     for path in Path(run_dir).glob(f"{LEFTOVER}*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
     for path in Path(run_dir).glob(f".*{UNFINISHED}"):
         path.unlink()
     if not steps(run_dir):
@@ -372,8 +372,8 @@ def kept_keys(optimizer, group):
     return ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq", "step")
 
 
-def load_training(path, model, optimizer) -> dict:
-    """Loads weights and optimizer state into existing objects; returns the content of state.json."""
+def load_training(path, model, optimizer):
+    """Loads weights and optimizer state into existing objects."""
     path = Path(path)
     load_weights(path, model)
     with open_tensors(path / OPTIMIZER) as f:
@@ -387,7 +387,6 @@ def load_training(path, model, optimizer) -> dict:
         values = {k: tensors[f"{named[p]}/{k}"] for k in keys[p]}
         state[i] = {k: t if k == "step" else laid_out_like(p, t) for k, t in values.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_json(path / STATE)
 
 
 # ---------------------------------------------------------------------------------------
@@ -412,8 +411,7 @@ class Saver:
 
     def __init__(self, c, rt, identity, tokenizer):
         self.c, self.rt, self.identity, self.tokenizer = c, rt, identity, tokenizer
-        self.saved_step = -1  # the step of the run's newest good checkpoint
-        self.from_other = False  # whether the run began at a checkpoint of another run
+        self.saved_step = -1  # the step of the run's newest good checkpoint; -1: it has none
         self.origin = None  # of the first weights: path, sha256 and step of a checkpoint; None: drawn from the seed
         self.changed = []  # flags that differ from those of the checkpoint's session, as text
         self.writing = None  # on rank 0: the future of the checkpoint that is being written
@@ -446,14 +444,13 @@ class Saver:
         if net.scaler.is_enabled() and state.get("scaler"):
             net.scaler.load_state_dict(state["scaler"])
         before, self.origin = state.get("config") or {}, state.get("origin")
-        if c.init_from and c.init_from != before.get("init_from"):
+        if c.init_from and Path(c.init_from) != Path(before.get("init_from") or ""):
             raise UserError(
                 f"{found} is of a run that began with the weights of {before.get('init_from') or 'its seed'}, not of "
                 f"{c.init_from}; leave --init_from out, or give a new --run_name"
             )
         self.changed = [f"{k} {before[k]} -> {v}" for k, v in asdict(c).items() if k in before and before[k] != v]
-        self.from_other = found.parent.resolve() != c.run_dir.resolve()
-        if not self.from_other:
+        if found.parent.resolve() == c.run_dir.resolve():
             self.saved_step = state["step"]
             self.rt.from_main(lambda: cut_line(c.run_dir, state["step"]))
         return Position(state["step"], state["samples_seen"], state["seconds"])
@@ -476,7 +473,6 @@ class Saver:
         if other:
             raise UserError(f"{found} has another {', '.join(other)}; leave these flags out, or give its values")
         load_weights(found, model)
-        self.from_other = True  # so no row of metrics.jsonl is kept: another origin may have been tried before
         manifest = read_json(found / MANIFEST)
         sha = manifest["files"][MODEL]["sha256"]
         self.origin = {"path": str(found), "sha256": sha, "step": manifest.get("step")}

@@ -271,7 +271,9 @@ def remembered(given: dict) -> dict:
     if "preset" in given:  # names all values anew
         return {}
     if given.get("eval_only") and "checkpoint" in given:
-        path = checkpoint.find_checkpoint(given["checkpoint"], names=[checkpoint.CONFIG]).resolve().parent / "run.json"
+        runs = given.get("checkpoint_dir", checkpoint.DEFAULT_DIR)
+        found = checkpoint.find_checkpoint(given["checkpoint"], runs, names=[checkpoint.CONFIG])
+        path = found.resolve().parent / "run.json"
     elif "run_name" in given and is_text(given["run_name"]):
         path = TrainConfig(**given).run_dir / "run.json"
     else:

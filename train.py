@@ -335,7 +335,7 @@ def plot_curves(run_dir) -> float:
 
 def evaluate_only(c: TrainConfig, rt) -> dict:
     """--eval_only: every number of one checkpoint, printed and returned."""
-    path = rt.from_main(lambda: checkpoint.find_checkpoint(c.checkpoint or c.run_dir))
+    path = rt.from_main(lambda: checkpoint.find_checkpoint(c.checkpoint or c.run_dir, c.checkpoint_dir))
     model, tokenizer = checkpoint.read_model(path, rt.device)
     val_data = FineWebDataset(val_directory(c), model.config.block_size, "val", tokenizer.vocab_size)
     refuse_other_tokenizer(val_data, tokenizer)
@@ -370,7 +370,7 @@ def train(config: TrainConfig) -> dict:
         rt.refuse_disagreement(about["identity"])
         with Log(c, rt, about) as log, Saver(c, rt, about["identity"], data.tokenizer) as saver, rt.signals:
             at = saver.resume(net)
-            log.open(at, anew=saver.from_other)
+            log.open(at, anew=saver.saved_step < 0)  # no checkpoint of this run: no row of it counts
             saver.keep_best(log)  # the last session may have ended between a validation and this
             if log.finished(at):
                 log.say(f"{c.run_dir}: already at step {at.step} of {c.max_steps}")

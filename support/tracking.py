@@ -98,6 +98,8 @@ class Log:
         self.progress.show(at.step, text + (f"  MFU {mfu:.1%}" if mfu else ""))
 
     def val(self, values, at):
+        if not math.isfinite(values["loss"]):  # its row would not be JSON, and no later start could read it
+            raise UserError(f"step {at.step}: validation loss {values['loss']}; lower --lr, or look at the model")
         self.row("val", at, **values)
         self.say(f"step {at.step}: validation {validation_in_words(values)}")
 

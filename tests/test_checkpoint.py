@@ -70,7 +70,7 @@ def test_weights_and_optimizer_come_back_bit_for_bit(run_dir):
     for _ in range(3):
         one_step(model, optimizer)
     loaded, its_optimizer = build(seed=1)
-    assert checkpoint.load_training(checkpoint.newest(run_dir), loaded, its_optimizer) == {"step": 3}
+    checkpoint.load_training(checkpoint.newest(run_dir), loaded, its_optimizer)
     for _ in range(2):
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
         one_step(model, optimizer), one_step(loaded, its_optimizer)

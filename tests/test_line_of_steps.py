@@ -308,6 +308,22 @@ def test_a_snapshot_shares_no_memory_with_the_weights():
         assert content and all(torch.equal(t, before[name][k]) for k, t in content.items())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no permissions")
+def test_a_checkpoint_that_cannot_be_deleted_stops_nothing(short, monkeypatch):
+    """Bug: of a protected checkpoint (chmod -w) its rotation ended the run, and every later start."""
+    remove = os.unlink
+
+    def refused(path, *args, **how):  # as for a user who is not root, in a folder without the right to write
+        if path == checkpoint.MODEL and "dir_fd" in how:
+            raise PermissionError(13, "Permission denied", path)
+        remove(path, *args, **how)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    assert train(replace(short, max_steps=12, keep_last=1))["step"] == 12
+    assert names(short.run_dir)[-1] == "step_00000012" and names(short.run_dir, ".unfinished_*")
+    assert train(replace(short, max_steps=16, keep_last=1))["step"] == 16
+
+
 # --- room for a checkpoint
 
 

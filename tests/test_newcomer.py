@@ -129,6 +129,15 @@ def test_embed_lr_and_vector_lr_follow_lr(tmp_path):
     assert "--embed_lr" in problem and "--lr must be above 0" in problem
 
 
+def test_eval_only_finds_a_run_by_its_name(toy, capsys):
+    """Bug: --checkpoint NAME was looked for under checkpoints/, whatever --checkpoint_dir said."""
+    loss = train(replace(toy, max_steps=5))["val_loss"]
+    capsys.readouterr()
+    flags = ["--device", "cpu", "--dtype", "float32", "--checkpoint_dir", toy.checkpoint_dir]
+    assert train_module.main(["--eval_only", "--checkpoint", "toy", *flags]) == 0
+    assert f"validation loss {loss:.4f}" in capsys.readouterr().out
+
+
 def test_paths_may_be_paths(toy):
     """Bug: a Path failed after set-up, when run.json was written."""
     paths = {k: Path(getattr(toy, k)) for k in ("data_dir", "checkpoint_dir")}

@@ -446,6 +446,31 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
     assert checkpoint.steps(toy.run_dir)[0].name == "step_00000005"
 
 
+def test_a_validation_of_nan_stops_the_run_and_the_next_start_goes_on(toy, monkeypatch):
+    """Bugs: a NaN in metrics.jsonl, which no later start could read; a broken model that trains on unsaid."""
+    real = train_module.validate
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "validate", lambda *args: real(*args) | {"loss": math.nan})
+        with pytest.raises(UserError, match=r"step 0: validation loss nan; lower --lr"):
+            train(toy)
+    assert train(replace(toy, max_steps=2))["step"] == 2
+
+
+def test_no_row_of_another_model_is_kept_where_nothing_was_saved(toy, monkeypatch):
+    """Bug: a run killed before its first save, started again with other flags, kept the first one's validation."""
+    real = train_module.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(toy)
+    assert train_module.train_step is real and vals(toy).keys() == {0}
+    other = replace(toy, seed=7, n_embd=64, max_steps=1)
+    train(other)
+    fresh = replace(other, run_name="fresh")
+    train(fresh)
+    assert vals(other) == vals(fresh)
+
+
 def test_a_gradient_of_zeros_stops_before_the_update(toy, monkeypatch):
     """Bug: a compiler that loses the gradient (torch 2.11) trains for days with a correct loss that never falls."""
     real = train_module.train_step

@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -261,8 +260,10 @@ def compare_ids(tokenizer, answers):
     """UserError where a text becomes other ids, or ids another text."""
     for text, ids, decoded in zip(STRINGS, answers["ids"], answers["decoded"]):
         ours = tokenizer.encode(text)
-        if ids != ours or decoded != tokenizer.decode(ours):
+        if ids != ours:
             raise UserError(f"the export's tokenizer gives {ids} for {text!r}, ours {ours}")
+        if decoded != (back := tokenizer.decode(ours)):
+            raise UserError(f"the export's tokenizer decodes {ours} to {decoded!r}, ours to {back!r}")
     if answers["eos"] != tokenizer.eot_token:
         raise UserError(f"the export ends text with id {answers['eos']}, ours with {tokenizer.eot_token}")
 
@@ -498,13 +499,13 @@ def check_files(folder) -> int:
 
     UserError for what transformers accepts: a path that leads out of the folder, integers as weights. And for damaged
     files and pickles."""
-    if (folder / INDEX).is_file():
+    if (folder / MODEL).is_file():  # transformers reads it, also where an index of an earlier save is still there
+        names = {MODEL}
+    elif (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) and all(map(is_name, listed.values())) else set()
         if not names:
             raise UserError(f"{folder / INDEX}: weight_map does not list files of this folder")
-    elif (folder / MODEL).is_file():
-        names = {MODEL}
     else:
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         there = f"; {pickles[0]} is a pickle, which could run code and is not opened" if pickles else ""
@@ -525,24 +526,7 @@ def is_name(value) -> bool:
 
 
 # ---------------------------------------------------------------------------------------
-# The hub, and the command line.
-
-
-def push(folder, repo) -> str:
-    """Uploads a folder as the hub's model USER/NAME, which is created if it does not exist; returns its address."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()  # finds the token that `hf auth login` or HF_TOKEN left; none is stored here
-        address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model exported and verified")
-    except Exception as error:  # each cause has an error of its own
-        why = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{folder} is complete on this machine, but the hub did not take it ({type(error).__name__}: {why}); "
-            f"after `hf auth login`, send it with: hf upload {repo} {folder}"
-        ) from error
-    return str(address)
+# The command line.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -554,20 +538,17 @@ class ExportConfig:
     checkpoint: str | None = flag(None, "a run or one checkpoint; default: newest under checkpoints/", unit="folder")
     out_dir: str | None = flag(None, "to be written; default: hf_<run>; of import: checkpoints/<folder>", unit="folder")
     dtype: str | None = flag(None, "of the weights written; default: float32", unit="name", choices=tuple(DTYPES))
-    push_to_hub: str | None = flag(None, "upload it too; public where your account's new models are", unit="user/name")
 
 
 def problems(c: ExportConfig) -> list[str]:
     found = range_problems(c)
     if c.command == "import":
-        given = [f"--{n}" for n in ("checkpoint", "dtype", "push_to_hub") if getattr(c, n) is not None]
+        given = [f"--{n}" for n in ("checkpoint", "dtype") if getattr(c, n) is not None]
         found += [f"import takes no {', '.join(given)}"] if given else []
         if c.folder is None:
             found.append("import which folder? export_hf.py import FOLDER --out_dir checkpoints/NAME")
     elif c.folder is not None:
         found.append(f"export takes no folder ({c.folder}); use --checkpoint and --out_dir")
-    if c.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", c.push_to_hub):
-        found.append(f"--push_to_hub is {c.push_to_hub!r}; expected USER/NAME")
     return found
 
 
@@ -581,10 +562,9 @@ def main(argv=None):
     if done["norm"] == "rmsnorm":
         print(f"note: {' '.join(ARCEE_NOTE.split())}", file=sys.stderr)
     print(f"{done['folder']}: verified with transformers alone, logits differ by at most {done['logits']:.1e}")
+    print(f"to publish it: hf upload USER/NAME {shlex.quote(str(done['folder']))}")
     model = shlex.quote(f"pretrained={done['folder']},dtype=float32")
     print(f"next: lm_eval run --model hf --model_args {model} --tasks hellaswag")  # the harness of hellaswag_eval.py
-    if args.push_to_hub:
-        print(push(done["folder"], args.push_to_hub))
 
 
 if __name__ == "__main__":

@@ -472,7 +472,8 @@ class HFTokenizer:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.eot_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.prefix = tokenizer("")["input_ids"]  # what it puts before any text: Llama's <s>; GPT-2 has none
+        ends = zip(tokenizer("")["input_ids"], tokenizer("a")["input_ids"])  # the first may have a </s> behind it
+        self.prefix = [i for i, _ in takewhile(lambda pair: pair[0] == pair[1], ends)]  # Llama's <s>; GPT-2 has none
 
     def encode_arrays(self, texts):
         texts = [replace_surrogates(text) for text in texts]
@@ -502,16 +503,16 @@ def load_hf(name, device) -> tuple[HFModel, HFTokenizer]:
 # The command line.
 
 
-def running_accuracy(bar, labels):
-    """A `progress` for `score`: the bar shows how many examples are complete and their accuracies by sum."""
+def running_accuracy(bar, labels, world=1):
+    """A `progress` for `score`: the bar shows the share of the work that is done, in examples, and the accuracies by
+    sum of those that this rank has completed. It sees its own batches only, and takes the others to be as far."""
 
     def progress(sums, done):
         complete = done.reshape(-1, len(labels), 4).all((0, 2))
         right = sums.reshape(-1, len(labels), 4).argmax(2) == labels  # (conventions, N)
-        if complete.any():
-            shares = zip(CONVENTIONS, right)
-            shown = ", ".join(f"{name}_acc={100 * r[complete].mean():.2f}" for name, r in shares)
-            bar.show(int(complete.sum()), shown)
+        shares = zip(CONVENTIONS, right) if complete.any() else ()
+        shown = ", ".join(f"{name}_acc={100 * r[complete].mean():.2f}" for name, r in shares)
+        bar.show(min(len(labels), int(done.mean() * world * len(labels))), shown)
 
     return progress
 
@@ -565,7 +566,7 @@ class HellaSwagConfig:
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", unit="name")
     dtype: str = flag("auto", "of products; auto: the hardware's fastest; compare with others in float32", unit="name",
-                      choices=("auto", "float32", "bfloat16"))  # fmt: skip
+                      choices=("auto", "float32", "bfloat16", "float16"))  # fmt: skip
     json: str | None = flag(None, "each example's scores are written here, one JSON object a line", unit="file")
 
 
@@ -591,7 +592,7 @@ def evaluate(args: HellaSwagConfig, rt) -> Scores:
             print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
             labels = np.array([example["label"] for example in examples])
             bar = stack.enter_context(closing(Progress(0, len(examples), unit="example", plain=False)))
-            progress = running_accuracy(bar, labels)
+            progress = running_accuracy(bar, labels, rt.world)
         stack.enter_context(memory_advice("on the device; lower --batch_tokens"))
         stack.enter_context(rt.autocast())
         return score(model, tokenizer, examples, rt, args.batch_tokens, progress)

@@ -17,8 +17,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import select
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -35,7 +33,6 @@ from support.runtime import attention_of_any_shape, autocast, memory_advice, pic
 from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"
-PIPE_SECONDS = 10  # that a silent pipe on stdin is waited for
 GREEDY_BELOW = 1e-5  # lower temperatures are greedy too: in float32 some of them are 0
 MOST_NUCLEI = 1024  # most nuclei are smaller; a sort of 50,257 tokens takes 8 to 15% of a token's time on a CPU
 REPLACEMENT = "\ufffd"  # Unicode's replacement character: what bytes decode to that are no character, or not yet
@@ -335,9 +332,10 @@ class InferenceConfig:
     )
     prompt: str | None = flag(None, f"to continue, '' starts a new text; default: {DEFAULT_PROMPT!r}", unit="text")
     prompt_file: str | None = flag(
-        None, "UTF-8 text to continue, less one newline at its end; - reads stdin to its end; default: stdin where it "
-        f"is a file or a pipe; a silent pipe is waited for, {PIPE_SECONDS} seconds", unit="file",
-    )  # fmt: skip
+        None,
+        "UTF-8 text to continue, less one newline at its end; - reads stdin to its end; default: none",
+        unit="file",
+    )
     interactive: bool = flag(False, "continue each line typed, until end of input")
     truncate_left: bool = flag(False, "cut a prompt of too many tokens on its left; else an error")
 
@@ -357,7 +355,7 @@ class InferenceConfig:
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", unit="name")
     dtype: str = flag(
         "auto", "of products; auto: what the hardware is best at, and float32 for a small model on a CPU", unit="name",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
     )  # fmt: skip
 
 
@@ -389,36 +387,14 @@ def read_text(source):
         raise UserError(f"prompt file {source}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def text_waiting() -> str:
-    """The text of stdin where it is a file or a pipe, else ''. The wait for a silent pipe is announced, and it ends:
-    schedulers and ssh start programs with a pipe that nobody writes to or closes."""
-    try:
-        os.read(0, 0)  # OSError where stdin cannot be read, as under nohup
-        if os.isatty(0):
-            return ""
-        if not select.select([0], [], [], 0)[0]:
-            says = (
-                "the default prompt is continued then; --prompt_file - waits for its end, --prompt TEXT does not wait"
-            )
-            print(
-                f"waiting {PIPE_SECONDS} seconds for text from the pipe on stdin ({says})", file=sys.stderr, flush=True
-            )
-        ready = select.select([0], [], [], PIPE_SECONDS)[0]
-    except OSError:  # no stdin at all, or Windows, where a pipe cannot be asked
-        return ""
-    return read_text("-") if ready else ""
-
-
 def read_prompt(c: InferenceConfig):
-    """The text to continue; None where it will be typed. White space alone on stdin is not a prompt."""
+    """The text to continue; None where it will be typed. stdin is read only when it is named, because in a shell's
+    loop, or in a script that the shell itself reads from stdin, what stands there are the next commands."""
     if c.interactive:
         return None
     if c.prompt_file is not None:
         return read_text(c.prompt_file)
-    if c.prompt is not None:
-        return c.prompt
-    text = text_waiting()
-    return text if text.strip() else DEFAULT_PROMPT
+    return DEFAULT_PROMPT if c.prompt is None else c.prompt
 
 
 def presets_of(c: InferenceConfig) -> dict:

@@ -75,7 +75,7 @@ class Config:
     examples: int = flag(200, "spread evenly over the file", at_least=1, group="hellaswag")
     data: str | None = flag(None, "HellaSwag on this machine; default: downloaded once", unit="file")
     tokenizer: str = flag("gpt2", "hub name, folder or tokenizer.json", unit="name")
-    dtype: str = flag("auto", "of products", unit="name", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "of products", unit="name", choices=("auto", "float32", "bfloat16", "float16"))
     batch_tokens: int | None = flag(None, "of a batch in the last two ways; default: theirs", at_least=1, unit="tokens")
 
 

@@ -88,7 +88,7 @@ class Config:
     seed: int = flag(0, "of the samples")
     max_new_tokens: int = flag(100, "per sample, at most", at_least=1, unit="tokens")
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps", unit="name")
-    dtype: str = flag("auto", "of products", choices=("auto", "float32", "bfloat16"))
+    dtype: str = flag("auto", "of products", choices=("auto", "float32", "bfloat16", "float16"))
 
 
 def main(argv=None):

@@ -39,7 +39,9 @@ def main():
     how = TrainingArguments(
         args.tuned,
         max_steps=args.max_steps,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,  # 16 rows a step: with GPT-2's vocabulary all at once would take over 20 GB
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         learning_rate=5e-4,
         logging_steps=10,
         save_strategy="no",

@@ -593,7 +593,6 @@ def desk(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "desk")
     (tmp_path / "hellaswag.jsonl").write_text(json.dumps(EXAMPLE) + "\n")
     monkeypatch.setattr("sys.stdin", io.StringIO("a typed line\n"))
-    monkeypatch.setattr(inference, "text_waiting", lambda: "")
     monkeypatch.setattr(prepare_fineweb, "hub_files", no_hub)
     return tmp_path
 

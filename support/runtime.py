@@ -7,7 +7,7 @@ know a fact, such as the peak speed of a new GPU, it says None and does not gues
 import ctypes
 import functools
 import importlib.util
-import math
+import inspect
 import os
 import platform
 import re
@@ -122,14 +122,10 @@ def keep_freed_memory():
 
 def be_deterministic():
     """From here on CUDA gives the same bits for the same work: without atomic additions, and without choosing kernels
-    by measured time. To be called before CUDA is used."""
+    by measured time (it also sets the compiler's own flag). To be called before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
-    import torch._inductor.config as compiler  # here: a second of imports that most programs need not pay
-
-    if hasattr(compiler, "deterministic"):
-        compiler.deterministic = True
 
 
 def peak_flops(device_name) -> float | None:
@@ -234,7 +230,9 @@ def apply_ddp(model, rt):
     if rt.world == 1:
         return model
     # the buffers (RoPE's angles) are constants and need not be sent before each forward pass
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    sending = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sending: False})
 
 
 def sync_gradients(model, now):
@@ -288,7 +286,8 @@ class Runtime:
 
         Otherwise DDP's model may hold the last reference. DDP then frees it with Python's lock held and waits for a
         thread of gloo, which may be waiting for that lock: the process hangs after its work (seen with torch 2.13)."""
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():  # the call imports the compiler, which takes seconds
+            torch.use_deterministic_algorithms(False)
         if dist.is_initialized():
             left_groups.append(dist.group.WORLD)
             dist.destroy_process_group()
@@ -496,13 +495,14 @@ def multiply_packed(x, weight, bias=None):
 
 
 def multiply(x, weight, bias=None):
-    """F.linear in as many parts as there are threads: x (..., K), weight (N, K) -> (..., N).
+    """F.linear in about as many parts as there are threads: x (..., K), weight (N, K) -> (..., N).
 
     A product with one vector takes as long as reading the matrix, and MKL gives it to one thread. A batch of products
     is shared among all threads, so each of them gets a part of the rows. Small matrices are not worth sharing."""
     if weight.numel() < SHARED:
         return torch.nn.functional.linear(x, weight, bias)
-    parts = weight.unflatten(0, (math.gcd(len(weight), torch.get_num_threads()), -1))  # (S, N/S, K)
+    count = next(n for n in range(torch.get_num_threads(), 0, -1) if len(weight) % n == 0)  # 8 of 10 threads for 768
+    parts = weight.unflatten(0, (count, -1))  # (S, N/S, K)
     y = torch.bmm(x.reshape(1, -1, x.size(-1)).expand(len(parts), -1, -1), parts.mT)  # (S, rows of x, N/S)
     y = y.transpose(0, 1).reshape(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias

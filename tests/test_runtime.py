@@ -356,3 +356,25 @@ def test_a_thread_may_train(toy):
     thread.start()
     thread.join()
     assert results[0]["step"] == 1
+
+
+def test_a_program_that_does_not_train_imports_no_compiler():
+    """Bug: two seconds after the last line of output in which nothing was done."""
+    program = """
+import sys
+from support import runtime
+
+with runtime.start("cpu", "float32"):
+    pass
+sys.exit("torch._inductor.config" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_deterministic_reaches_the_compiler_and_ends_with_the_run():
+    """Bug: a program that trains twice, with --deterministic and then without, is slow the second time."""
+    import torch._inductor.config as compiler
+
+    with runtime.start("cpu", "float32", deterministic=True):
+        assert torch.are_deterministic_algorithms_enabled() and compiler.deterministic
+    assert not torch.are_deterministic_algorithms_enabled() and not compiler.deterministic

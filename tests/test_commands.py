@@ -24,13 +24,14 @@ TINY = (
     "--device cpu --block_size 64 --n_layer 1 --n_head 2 --n_embd 32 --batch_size 2 --total_batch_tokens 256 "
     "--max_steps 4 --eval_interval 2 --val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4"
 )
+QUICK = "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512 --batch_size 2 --total_batch_tokens 1024"
 SHORT = {  # how a command begins -> the flags that make it short; of a flag given twice, the last one counts
     "prepare_fineweb.py": "",
     "prepare_fineweb.py$": "--local_files 'texts/*.parquet' --val_share 0.1",  # for the hub
     "train.py": TINY,
-    "train.py --run_name demo": "--max_steps 6",
-    "train.py --preset demo": "--max_steps 4 --eval_interval 2 --sample_interval 4",
-    "train.py --preset small": "--max_steps 4 --eval_interval 2 --sample_interval 4 --val_tokens 512",
+    "train.py --run_name demo": "--max_steps 6 --eval_interval 3",
+    "train.py --preset demo": QUICK,
+    "train.py --preset small": QUICK,
     "train.py --eval_only": "--val_tokens 512 --hellaswag_data hellaswag.jsonl --hellaswag_limit 4",
     "--standalone": TINY + " --run_name two-processes",  # torchrun
     "inference.py": "--max_new_tokens 8",
@@ -39,7 +40,7 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     "export_hf.py import": "",
     "plot_run.py": "",
     "report.py": "",
-    "compare.py": "--max_steps 2 --eval_interval 2 --sample_interval 0 --val_tokens 512",  # flags of its runs
+    "compare.py": f"{QUICK} --max_steps 2 --sample_interval 0",  # flags of its runs
     "checkpoint.py verify": "",
     "data_processing_fineweb.py verify": "",
     "docs/fine_tune.py": "--max_steps 2",
@@ -48,7 +49,6 @@ SHORT = {  # how a command begins -> the flags that make it short; of a flag giv
     # context, the last figure, takes a minute
     "docs/figures.py": "--checkpoint checkpoints/edu-10m --only rope schedule order decay attention loss",
     "benchmarks/write_samples.py": "--max_new_tokens 4",
-    "benchmarks/bench_prepare.py": "--times 2 --cores 1",
     "benchmarks/bench_parts.py": "--tiny --data hellaswag.jsonl --repeats 1 --examples 8",
     "benchmarks/bench_generate.py": "--tiny",
     "benchmarks/bench_train.py": "--tiny --rounds 1 --threads 1",
@@ -67,6 +67,9 @@ INSTEAD = {  # of what stands for the reader's own
     "--seeds 11,12,13,14,15,16,17,18": "--seeds 1",
     "--seeds 2": "--seeds 1",
     "--seeds 3": "--seeds 1",
+    # one comparison is made, of the others what is checked before the first run
+    "--name qk": "--dry_run --name qk",
+    "--name my_rates": "--dry_run --name my_rates",
     "lr=3e-3,1e-2,3e-2": "lr=3e-3,1e-2",
 }
 NOT_RUN = {  # what a command has in it -> why
@@ -77,6 +80,8 @@ NOT_RUN = {  # what a command has in it -> why
     "torchrun --max-restarts": "named in passing",
     "@benchmarks/": "hours: test_benchmarks.py, with --dry_run",
     "gpu.sh": "test_benchmarks.py, with --short",
+    "bench_prepare.py": "test_benchmarks.py, in its --tiny form",
+    "bench_train.py --loss": "gpu.sh --short",
     "killed_run.py": "the demo, twice: test_benchmarks.py, with a toy",
 }
 
@@ -146,7 +151,7 @@ def launch(checkout, tmp_path):
     Python scripts are run in forks, because half of the commands do nothing that takes as long as importing torch."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": path, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    forks = Forks(tmp_path, *IMPORTED, **environment)
+    forks = Forks(tmp_path, *IMPORTED, **environment, GPT_TEST_PICTURES="off")  # those of training; plot_run.py draws
     at = dict(cwd=checkout, env=os.environ | environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
     def launch(command):

@@ -419,13 +419,12 @@ def test_altered_headers_of_a_sealed_checkpoint(toy, saved, tally, little_memory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sealed, n", [(True, 500), (False, 100)])
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, CONFIG])
-def test_damaged_bytes_of_a_checkpoint(toy, saved, tally, little_memory, name, sealed, n):
-    @cases(n)
+def test_damaged_bytes_of_a_checkpoint(toy, saved, tally, little_memory, name):
+    @cases(500)
     @given(damaged((saved / name).read_bytes()))
     def check(content):
-        change(toy, saved, name, content, sealed)
+        change(toy, saved, name, content)
         tally("fuzz cases")
 
     check()
@@ -503,7 +502,8 @@ def test_altered_tokenizers(tmp_path, byte_tokenizer, tally, little_memory, draw
     tally("fuzz cases")
 
 
-EXAMPLE = {"ind": 1, "ctx": "A man sits", "label": 2, "endings": ["down.", "up.", "é", "on a roof."]}
+EXAMPLE = {"activity_label": "Sitting", "ctx": "A man sits", "ctx_a": "A man sits", "ctx_b": "", "label": 2}
+EXAMPLE["endings"] = ["down.", "up.", "é", "on a roof."]
 
 
 @pytest.mark.slow
@@ -513,8 +513,7 @@ def test_altered_hellaswag_lines(tmp_path, byte_tokenizer, tally, little_memory,
     (tmp_path / "hellaswag.jsonl").write_bytes(content)
 
     def read():
-        for example in hellaswag_eval.load_examples(tmp_path / "hellaswag.jsonl"):
-            hellaswag_eval.render_completion([example], byte_tokenizer)
+        hellaswag_eval.prepare(byte_tokenizer, hellaswag_eval.load_examples(tmp_path / "hellaswag.jsonl"), 8)
 
     refusal(read)
     tally("fuzz cases")

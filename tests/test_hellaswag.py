@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -680,7 +681,9 @@ def command_line(tmp_path, monkeypatch, model, tokenizer):
 
 def test_command_line(command_line, tmp_path, capsys, model, tokenizer):
     out = tmp_path / "scores.jsonl"
+    torch.set_float32_matmul_precision("high")  # as `tune` sets it on CUDA: TF32, which moves single answers
     assert command_line("--limit", "7", "--batch_tokens", "300", "--json", str(out)) == 0
+    assert torch.get_float32_matmul_precision() == "highest"
     table = capsys.readouterr().out
     for words in (
         "completion acc ",
@@ -799,14 +802,15 @@ def test_benchmark_runs(tmp_path, tokenizer, capsys, monkeypatch):
 # Models of others.
 
 
-def save_model(folder, lm, tokenizer, prefix=None):
-    """A Hugging Face folder of the model and a `TextTokenizer`; `prefix` names a token put before every text."""
+def save_model(folder, lm, tokenizer, prefix=None, ends=False):
+    """A Hugging Face folder of the model and a `TextTokenizer`; `prefix` names a token put before every text, and
+    behind it too if `ends`."""
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer.from_str(tokenizer.backend.to_str())
     if prefix is not None:
         number = backend.token_to_id(prefix)
-        template = f"{prefix} $A {prefix}"  # as a tokenizer that also ends a text
+        template = f"{prefix} $A {prefix}" if ends else f"{prefix} $A"
         backend.post_processor = processors.TemplateProcessing(template, special_tokens=[(prefix, number)])
     lm.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
@@ -844,9 +848,9 @@ def test_hf_model(tmp_path, tokenizer, name, plain):
 
 def test_hf_tokenizer_with_a_first_token(tmp_path, tokenizer):
     """The harness lets a tokenizer put its <s> before the context; build-nanogpt's convention knows none."""
-    folder = save_model(tmp_path, tiny_lm("Llama", 300), tokenizer, "<|endoftext|>")
+    folder = save_model(tmp_path, tiny_lm("Llama", 300), tokenizer, "<|endoftext|>", ends=True)
     _, its_tokenizer = hs.load_hf(folder, "cpu")
-    assert its_tokenizer.prefix == [256]
+    assert its_tokenizer.prefix == [256], "without what stands behind a text"
     for render, first in ((hs.render_harness, [256]), (hs.render_completion, [])):
         pairs, _ = render([simple_example("\ud800c")], its_tokenizer)  # half a surrogate pair
         text = tokenizer.encode((": " if first else "") + "\ufffdc")
@@ -862,7 +866,10 @@ def test_hf_command_line(command_line, tmp_path, capsys, tokenizer, monkeypatch)
     scores = hs.score(model, its_tokenizer, make_examples())
     found = [json.loads(line)["harness"]["sums"] for line in out.read_text().splitlines()]
     np.testing.assert_allclose(found, scores.sums["harness"], atol=1e-4)
-    for bad in (tmp_path / "none", tmp_path):
+    shutil.copytree(folder, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(model.lm.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    for bad in (tmp_path / "none", tmp_path, tmp_path / "pickled"):
         assert command_line("--hf_model", str(bad)) == 2
         err = capsys.readouterr().err
         assert "no causal language model" in err and "Traceback" not in err and err.count("error:") == 1

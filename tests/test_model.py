@@ -667,11 +667,15 @@ def test_weight_decay_falls_on_matrices_exactly(norm, bias):
         assert decay[id(p)] == (0.0 if name.endswith(vectors) else 0.1), name
 
 
-@pytest.mark.parametrize("vocabulary, rows, grad_checkpoint", [(512, 8, False), (8192, 4, False), (512, 8, True)])
-def test_training_takes_the_memory_that_is_estimated(vocabulary, rows, grad_checkpoint):
+@pytest.mark.parametrize(
+    "vocabulary, rows, grad_checkpoint, block",
+    [(512, 8, False, 1024), (8192, 4, False, 1024), (8192, 4, False, 128), (512, 8, True, 1024)],
+)
+def test_training_takes_the_memory_that_is_estimated(monkeypatch, vocabulary, rows, grad_checkpoint, block):
     """Guards a published table of memory, by torch's own count of what is allocated and freed. Two micro-batches, so
     that gradients are there while the second one's activations are; no dropout, with which attention on a CPU is
     computed in another way than on a GPU."""
+    monkeypatch.setattr(model_file, "LOSS_ROWS", block)  # 128: four blocks, of which one at a time has its logits
     sizes = dict(vocab_size=vocabulary, valid_vocab_size=vocabulary, block_size=128, n_layer=4, n_head=2, n_embd=64)
     model = GPT(GPTConfig(**sizes, dropout=0.0)).train()
     model.grad_checkpoint = grad_checkpoint

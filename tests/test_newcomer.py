@@ -58,13 +58,19 @@ def test_a_fresh_name_and_a_preset_take_the_presets_values(toy, capsys):
     assert "remembered" not in capsys.readouterr().out.split("changed")[-1].splitlines()[-1]
 
 
-def test_eval_only_uses_the_runs_own_data(toy, capsys):
+def test_eval_only_uses_the_runs_own_data(toy, capsys, monkeypatch):
     """Bug: a checkpoint was evaluated on the default data, or refused for it, unless all flags were given again."""
     train(replace(toy, max_steps=10))
     capsys.readouterr()
     for where in (toy.run_dir, toy.run_dir / "step_00000010"):
         assert train_module.main(["--eval_only", "--checkpoint", str(where)]) == 0
         assert f"step_00000010: validation loss {vals(toy)[10]:.4f}" in capsys.readouterr().out
+    record = json.loads((toy.run_dir / "run.json").read_text())
+    record["config"]["fsdp"] = True  # bug: a run of eight GPUs could not be evaluated on one
+    (toy.run_dir / "run.json").write_text(json.dumps(record))
+    monkeypatch.setenv("RANK", "1")
+    assert not parse(["--eval_only", "--checkpoint", str(toy.run_dir)]).fsdp
+    assert not capsys.readouterr().out, "rank 0 says what is remembered, for all"
 
 
 @pytest.mark.parametrize("content, words", [

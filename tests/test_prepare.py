@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -337,11 +338,11 @@ def test_what_is_made_is_what_training_opens(here, byte_tokenizer):
 
 
 def test_policies_are_applied_and_counted(here, byte_tokenizer):
-    odd = ["first", None, "", " \n\t\u3000", "a\0b", "x\ud800y\udc00\ud83d\ude00", "say <|endoftext|> twice", None]
-    odd += ["last"]
+    odd = ["first", None, "", " \n\t\u3000", "a\0b", "x\ud800y\udc00\ud83d\ude00\ufffd"]
+    odd += ["say <|endoftext|> twice", None, "last"]
     write_jsonl("a.jsonl", odd)
     made = prepare("d", "a.jsonl", val_files=write_jsonl("val.jsonl", ["", "validation"]))
-    kept = ["first", "a\0b", "x\ufffdy\ufffd\U0001f600", "say <|endoftext|> twice", "last"]
+    kept = ["first", "a\0b", "x\ufffdy\ufffd\U0001f600\ufffd", "say <|endoftext|> twice", "last"]
     assert np.array_equal(stream("d"), ids_of(byte_tokenizer, kept))
     assert np.count_nonzero(stream("d") == byte_tokenizer.eot_token) == len(kept)  # the literal is no boundary
     assert made["train"]["documents"] == len(kept)
@@ -790,6 +791,29 @@ def test_what_another_command_finishes_meanwhile_is_kept(more, unfinished, capsy
     monkeypatch.setattr(prepare_fineweb, "only_writer", while_another_finishes)
     assert command(capsys, *unfinished, *more)[0] == 0
     assert seen and times(Path()) == seen and finished_like_the_undisturbed()
+
+
+def test_training_pieces_wait_for_what_validates(tmp_path, monkeypatch):
+    """Bug: of two processes one trains on texts of --val_files, because the other has not read them yet."""
+    ended, there = [], []
+
+    def make(job):
+        there.append((job.piece.role, len(ended)))
+        time.sleep(0.5 * (job.piece.number == 1))
+        ended.append(job.piece.number)
+        return {}
+
+    monkeypatch.setattr(pieces, "make_piece", make)
+    todo = [pieces.Piece(i, role, [""]) for i, role in enumerate(("val", "val", "train", "train"))]
+    with ThreadPoolExecutor(2) as pool:
+        pieces.make_missing(pieces.Job(PrepareConfig(out_dir=str(tmp_path)), None, "plan"), todo, {}, pool, 2)
+    assert min(n for role, n in there if role == "train") == 2
+
+
+def test_tokens_behind_a_gap_do_not_count(tmp_path):
+    """Bug: the end of a limited corpus was not made, or cut short, where a later piece was done before an earlier."""
+    todo, made = [pieces.Piece(i, "train", [""]) for i in range(4)], {"train": {"tokens": 30}}
+    assert pieces.tokens_left(PrepareConfig(max_tokens=100), todo, {0: made, 2: made}) == 70
 
 
 def test_many_documents_that_validate_are_remembered(here, capsys):

@@ -79,7 +79,7 @@ def job(tmp_path, server, byte_tokenizer):  # noqa: F811
 def test_killed_at_every_file_system_call(job, tally):
     """A crash between any two calls or within a write: of tokens, shards, facts, the plan, the manifests."""
     expected = job.outcome("undisturbed")
-    assert len([p for p in expected if p.endswith(".npy")]) > 6 and not any("/." in p for p in expected)
+    assert len([p for p in expected if p.endswith(".npy")]) > 6 and not any("/." in p for p in expected if not p.endswith("/.lock"))
     counted = job.run("counted")
     calls, n_pieces = counted["calls"], counted["output"].count("pieces made")
     assert calls > 100 and n_pieces > 2 and job.outcome("counted") == expected

@@ -67,6 +67,19 @@ def test_auto_is_what_the_hardware_multiplies(monkeypatch):
     assert pick_dtype("auto", torch.device("mps")) == "float32"
 
 
+def test_float32_products_are_fast_on_cuda():
+    """Without TF32 a float32 run, and the float32 part of every other, takes several times as long."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        runtime.tune(CPU)
+        assert torch.get_float32_matmul_precision() == "highest"
+        runtime.tune(CUDA)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_named_dtype_is_taken_or_refused_and_never_changed(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
@@ -347,6 +360,12 @@ def test_handlers_are_the_old_ones_after_a_run(toy):
     finally:
         for name, handler in old.items():
             signal.signal(getattr(signal, name), handler)
+
+
+def test_deterministic_kernels_end_with_the_run(toy):
+    """Bug: after a deterministic run the cells of a notebook are slow, or fail where such a kernel does not exist."""
+    train(replace(toy, max_steps=1, deterministic=True))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_thread_may_train(toy):

@@ -235,6 +235,23 @@ def test_a_pipe_that_is_named_as_a_file_is_written_to(tmp_path):
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_a_file_that_cannot_be_flushed_leaves_nothing(tmp_path, monkeypatch):
+    """Bug: each attempt on a full disk leaves one more hidden file there."""
+    monkeypatch.setattr(files, "sync", lambda file: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        files.write_whole(tmp_path / "scores.jsonl", b"text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_many_files_may_be_open_as_the_system_permits(monkeypatch):
+    """Bug: a limit above the permitted one is refused, and the usual one of 256 stayed."""
+    resource, limits = pytest.importorskip("resource"), []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 1024))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, both: limits.append(both))
+    files.allow_open_files(5000)
+    assert limits == [(1024, 1024)]
+
+
 def test_a_folder_that_cannot_be_opened_is_not_flushed(tmp_path, monkeypatch, capsys):
     """Bug: a folder that one may write to and not read (a drop box) could not be written to."""
 

@@ -720,6 +720,22 @@ def test_a_signal_is_obeyed_within_what_takes_long(toy, tmp_path, monkeypatch, d
     assert evaluations[0] == evaluations[1]
 
 
+def test_a_signal_within_the_first_validation_saves_step_0(toy, monkeypatch):
+    """Bug: a checkpoint of an optimizer that has no state yet counts as damaged, and the run can never go on."""
+    real = train_module.first_windows
+
+    def windows(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(*args)
+
+    toy = replace(toy, max_steps=5)
+    monkeypatch.setattr(train_module, "first_windows", windows)
+    assert train(toy)["step"] == 0 and checkpoint.steps(toy.run_dir)[0].name == "step_00000000"
+    monkeypatch.setattr(train_module, "first_windows", real)
+    train(toy), train(replace(toy, run_name="whole"))
+    assert trace(toy) == trace(replace(toy, run_name="whole"))
+
+
 def test_second_ctrl_c_exits_at_once():
     """A person who presses it twice does not want to wait for a save."""
     code = "import os, signal, time\nfrom support import runtime\nwith runtime.StopSignals() as s:\n"
@@ -746,7 +762,9 @@ def test_shards_of_build_nanogpt_and_of_llm_c_train_unchanged(toy, corpus, tmp_p
 
 def test_second_process_on_one_run_is_refused(toy):
     toy.run_dir.mkdir(parents=True)
-    with checkpoint.run_lock(toy.run_dir), pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+    (toy.run_dir / ".lock").write_text("process 1 on another\n" * 2)  # those that had it before are not named
+    us = f"{re.escape(str(toy.run_dir))} is in use by process {os.getpid()} on "
+    with checkpoint.run_lock(toy.run_dir), pytest.raises(UserError, match=us):
         train(toy)
     train(replace(toy, max_steps=2))  # and free again
 
@@ -769,16 +787,12 @@ def test_bits_per_byte_counts_the_bytes_of_the_targets(toy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_compiled_step_gives_the_same_losses(toy, dropout):
-    plain, compiled = (
-        replace(toy, dropout=0.0, max_steps=6),
-        replace(toy, run_name="c", max_steps=6, compile="on", dropout=dropout),
-    )
+def test_a_compiled_run_with_dropout_gives_its_own_losses_again(toy):
+    """Bug: compiled dropout that is left out, or that does not follow the step."""
+    plain = replace(toy, dropout=0.0, max_steps=6)
+    compiled = replace(toy, run_name="c", max_steps=6, compile="on", dropout=0.1)
     train(plain), train(compiled)
-    assert losses(compiled)[0] == pytest.approx(losses(plain)[0], abs=1e-4 if dropout == 0 else 0.1)
-    if dropout == 0:
-        assert losses(compiled) == pytest.approx(losses(plain), abs=1e-3)
+    assert losses(compiled)[0] != losses(plain)[0] == pytest.approx(losses(compiled)[0], abs=0.1)
     again = replace(compiled, run_name="again")
     train(again)
     assert trace(again) == trace(compiled)

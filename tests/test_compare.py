@@ -409,7 +409,7 @@ def test_killed_at_random_moments_gives_the_same_table(tiny, tmp_path, tally):
         return [(row["arm"], row["values"], row.get("difference")) for row in rows]
 
     assert start(tmp_path / "undisturbed").wait(timeout=200) == 0
-    for _ in range(10):
+    for _ in range(6):
         process = start(tmp_path / "killed")
         time.sleep(rng.uniform(2, 6))
         process.send_signal(signal.SIGKILL)

@@ -509,5 +509,5 @@ def test_read_only_folders(toy, tmp_path):
     demo.mkdir()
     subprocess.run([sys.executable, ROOT / "prepare_fineweb.py", "--demo"], env=env, cwd=demo, check=True)
     assert "there already" in start(demo, "prepare_fineweb.py", "--demo")
-    short = ["--max_steps", "1", "--checkpoint_dir", tmp_path / "demo_runs", "--device", "cpu", "--dtype", "float32"]
+    short = ["--max_steps", "1", "--checkpoint_dir", tmp_path / "demo_runs", "--val_tokens", "512", "--device", "cpu"]
     assert "finished   step 1" in start(demo, "train.py", "--preset", "demo", *short)

@@ -5,11 +5,15 @@ Reads requests from stdin, one JSON list a line with an object per process: {"ar
 last two paths of files. They run at the same time. Answers with the list of their exit codes when all have ended.
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
 import runpy
 import sys
+import threading
+import traceback
 
 
 def script(argv, env, cwd, out, err):
@@ -21,12 +25,25 @@ def script(argv, env, cwd, out, err):
     os.chdir(cwd)
     sys.stdin = os.fdopen(0)  # the parent has read from the one it made
     sys.argv, sys.path[0] = argv, os.path.dirname(os.path.abspath(argv[0]))
-    runpy.run_path(argv[0], run_name="__main__")
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as left:
+        code = left.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # what Python does at its end, less the freeing of all that was imported, which takes more than a second
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)
 
 
 def main():
     for name in sys.argv[1:]:
         importlib.import_module(name)
+    gc.freeze()
     for line in sys.stdin:
         pids = []
         for process in json.loads(line):

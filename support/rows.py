@@ -20,7 +20,7 @@ from support.files import natural
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv",
            ".arrow": "arrow", ".txt": "text"}  # fmt: skip
 COMPRESSED = (".gz", ".zst")
-MOST_STAMPS = 100_000  # files that a manifest names one by one: 11 MB; with a million, read_json would refuse it
+MOST_STAMPS = 500_000  # files that a manifest names one by one: 54 MB; of a million, read_json would refuse it
 SPLIT_CHARS = 2**24  # of a text file, searched for --split_on at once
 
 

@@ -99,7 +99,8 @@ class Log:
 
     def val(self, values, at):
         if not math.isfinite(values["loss"]):  # its row would not be JSON, and no later start could read it
-            raise UserError(f"step {at.step}: validation loss {values['loss']}; lower --lr, or look at the model")
+            back = "lower --lr, and go back with --resume to a checkpoint before this step"
+            raise UserError(f"step {at.step}: validation loss {values['loss']}; {back}")
         self.row("val", at, **values)
         self.say(f"step {at.step}: validation {validation_in_words(values)}")
 

@@ -299,8 +299,8 @@ def test_arms_that_validate_on_other_texts_are_said_not_to_compare(tmp_path, cap
         file = tmp_path / "c" / "data" / f"seed_{n}" / "metrics.jsonl"
         file.write_text(file.read_text().replace('"targets": 64', '"targets": 32'))
     assert run(lambda: report.main([str(tmp_path / "c")])) == 0
-    said = "the arms validate on different texts (32 tokens, 64 tokens): their losses do not compare"
-    assert said in capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    assert "the arms validate on different amounts of text (32 tokens, 64 tokens): " in said
 
 
 KEPT = sorted((ROOT / "benchmarks" / "results" / "comparisons").glob("*/comparison.json"))
@@ -409,9 +409,11 @@ def test_killed_at_random_moments_gives_the_same_table(tiny, tmp_path, tally):
         return [(row["arm"], row["values"], row.get("difference")) for row in rows]
 
     assert start(tmp_path / "undisturbed").wait(timeout=200) == 0
+    steps = tmp_path / "killed" / "c" / "base" / "seed_1" / "metrics.jsonl"
     for _ in range(6):
         process = start(tmp_path / "killed")
-        time.sleep(rng.uniform(2, 6))
+        eventually(steps.exists)  # a slow machine would be killed each time before anything is done
+        time.sleep(rng.uniform(0, 4))
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:  # it was done before
             break

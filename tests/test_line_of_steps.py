@@ -346,6 +346,10 @@ def test_a_checkpoint_that_cannot_be_deleted_stops_nothing(short, monkeypatch):
     assert train(replace(short, max_steps=12, keep_last=1))["step"] == 12
     assert names(short.run_dir)[-1] == "step_00000012" and names(short.run_dir, ".unfinished_*")
     assert train(replace(short, max_steps=16, keep_last=1))["step"] == 16
+    for n in range(2):  # the same step again, beside what was left of the first
+        shutil.copytree(short.run_dir / "step_00000016", short.run_dir / "step_00000004")
+        checkpoint.remove(short.run_dir / "step_00000004")
+        assert not (short.run_dir / "step_00000004").exists(), n
 
 
 # --- room for a checkpoint

@@ -446,7 +446,7 @@ def test_nan_stops_before_the_update_and_before_any_save(toy, monkeypatch, where
     assert checkpoint.steps(toy.run_dir)[0].name == "step_00000005"
 
 
-def test_a_validation_of_nan_stops_the_run_and_the_next_start_goes_on(toy, monkeypatch):
+def test_a_validation_of_nan_stops_the_run_and_leaves_a_file_that_can_be_read(toy, monkeypatch):
     """Bugs: a NaN in metrics.jsonl, which no later start could read; a broken model that trains on unsaid."""
     real = train_module.validate
     with monkeypatch.context() as patch:

@@ -30,6 +30,9 @@ def script(argv, env, cwd, out, err):
         runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as left:
         code = left.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -26,7 +26,7 @@ from support.cli import UserError  # isort: split
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from support.files import sync
+from support.files import write_json, write_whole
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"  # its eos_token names the token that ends a text; transformers reads it too
@@ -47,7 +47,7 @@ class TextTokenizer:
     vocab_size   the largest id + 1
     unused       ids below vocab_size that no token has
     unk_token    id of characters that have no token. None where every byte has a token, or where the library refuses
-                 such characters. A preparation counts this id, because the text behind it is lost
+                 such characters
 
     What a tokenizer changes on purpose (upper case, accents, spaces) does not count as lost. `load_tokenizer` refuses a
     vocabulary with which characters would vanish from a text.
@@ -101,14 +101,13 @@ class TextTokenizer:
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """As `encode_batch`, with an array (n,) of uint32 for each text: for corpora, faster and with less memory."""
-        if self.fast is None or not texts:
-            return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
-        with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
-            ids, ends = self.fast.encode_batch_flat([replace_surrogates(text) for text in texts])
-        ids, ends = np.frombuffer(ids, "<u4"), np.frombuffer(ends, "<u8").astype(np.int64)
-        if (ids == self.eot_token).any():  # characters of the text became the marker
-            return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
-        return np.split(ids, ends[1:-1])
+        if self.fast is not None and texts:
+            with failing_in_one_line(f"tokenizer {self.name!r} cannot encode this text"):
+                ids, ends = self.fast.encode_batch_flat([replace_surrogates(text) for text in texts])
+            ids, ends = np.frombuffer(ids, "<u4"), np.frombuffer(ends, "<u8").astype(np.int64)
+            if self.eot_token not in ids:  # else characters of the text became the marker
+                return np.split(ids, ends[1:-1])
+        return [np.array(ids, np.uint32) for ids in self.encode_batch(texts)]
 
     @cached_property
     def fast(self):
@@ -156,10 +155,8 @@ class TextTokenizer:
     @cached_property
     def lossless(self) -> bool:
         """Whether each of the 256 bytes has a token of its own, so that every text has its ids."""
-        model = self.contents["model"]
-        if model["type"] == "BPE" and any(
-            step["type"] == "ByteLevel" for step in steps(self.contents["pre_tokenizer"])
-        ):
+        model, cuts = self.contents["model"], steps(self.contents["pre_tokenizer"])
+        if model["type"] == "BPE" and any(step["type"] == "ByteLevel" for step in cuts):
             before, after = {"", model["continuing_subword_prefix"] or ""}, {"", model["end_of_word_suffix"] or ""}
             needed = [b + character + a for character in ALPHABET for b in before for a in after]
         else:
@@ -175,13 +172,13 @@ class TextTokenizer:
             return model["unk_id"]
         return self.backend.model.token_to_id(model["unk_token"] or "")
 
-    def refuse_silent_loss(self):
+    def refuse_silent_loss(self, path):
         """UserError where characters would have no id at all, or the marker's."""
         vanish = self.contents["model"]["type"] == "BPE" and self.contents["model"]["unk_token"] is None
         if self.lossless or not (vanish or self.unk_token == self.eot_token):
             return
         raise UserError(
-            f"{self.name}: not every byte has a token, and what has none would "
+            f"{path}: not every byte has a token, and what has none would "
             f"{'vanish from the text' if vanish else 'become the end-of-text token'}; expected a token for each of the "
             "256 bytes (initial_alphabet or byte_fallback of the trainer), or an unk_token of its own"
         )
@@ -221,11 +218,8 @@ class TextTokenizer:
         """Writes tokenizer.json, and tokenizer_config.json, which names the marker, and flushes them to the disk.
         `load_tokenizer(directory)` reads them."""
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.backend.id_to_token(self.eot_token)}
-        for name, text in ((FILE, self.backend.to_str()), (CONFIG, json.dumps(about, indent=1) + "\n")):
-            with open(Path(directory, name), "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                sync(f)
+        write_whole(Path(directory, FILE), self.backend.to_str().encode())
+        write_json(Path(directory, CONFIG), about)
 
 
 def steps(part) -> list[dict]:
@@ -281,11 +275,12 @@ def load_tokenizer(name_or_path: str | os.PathLike = "gpt2", eot_token: str | No
         path, name = Path(fetch_from_hub(str(name_or_path))), str(name_or_path)
     with failing_in_one_line(f"{path}: not a tokenizer that can be read"):
         if path.is_dir():
-            backend, name = byte_level_bpe(*(str(path / f) for f in GPT2_FILES)), "gpt2"
+            backend, name = byte_level(models.BPE.from_file(*(str(path / f) for f in GPT2_FILES))), "gpt2"
+            backend.add_special_tokens([END_OF_TEXT[0]])  # the two files do not say that it is special
         else:
             backend = Tokenizer.from_file(str(path))
         tokenizer = TextTokenizer(backend, name, eot_token or named_marker(path, backend))
-        tokenizer.refuse_silent_loss()
+        tokenizer.refuse_silent_loss(path)
     return tokenizer
 
 
@@ -328,16 +323,6 @@ def fetch_from_hub(name: str) -> str:
             f"({type(error).__name__}). Put {FILE} (or {' and '.join(GPT2_FILES)}) of {name!r} "
             "into a folder and name that folder with --tokenizer"
         ) from error
-
-
-def byte_level_bpe(vocab: str, merges: str) -> Tokenizer:
-    """GPT-2's tokenizer from its two original files (Radford et al. 2019)."""
-    backend = byte_level(models.BPE.from_file(vocab, merges))
-    missing = set(ALPHABET) - backend.get_vocab().keys()
-    if missing:
-        raise UserError(f"{vocab}: lacks {len(missing)} of the 256 bytes, so it is not GPT-2's kind of vocabulary")
-    backend.add_special_tokens([AddedToken(END_OF_TEXT[0], special=True)])
-    return backend
 
 
 def byte_level(model) -> Tokenizer:

@@ -29,7 +29,7 @@ import json
 import math
 import re
 import sys
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -110,32 +110,29 @@ def checked(example) -> dict:
     return example
 
 
-def parse_line(line: bytes):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
-
-
 def read_examples(path):
     """Yields the examples of a file: JSON lines, or parquet as the hub has it. UserError names file and line."""
     if Path(path).suffix.lower() == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            rows = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-        except (pyarrow.ArrowException, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
-        what, read = "row", lambda row: row
+        what, rows = "row", read_parquet(path)
     else:
-        rows = Path(path).read_bytes().splitlines()
-        what, read = "line", parse_line
+        what, rows = "line", Path(path).read_bytes().splitlines()
     for number, row in enumerate(rows, 1):
         try:
-            yield checked(read(row))
+            yield checked(json.loads(row) if what == "line" else row)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, {what} {number}: {error}") from error
+
+
+def read_parquet(path) -> list[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def load_examples(path=None, limit: int | None = None) -> list[dict]:
@@ -167,7 +164,7 @@ def render_completion(examples, tokenizer):
     """
     pairs = []
     texts = [text for e in examples for text in (e["ctx"], *(f" {ending}" for ending in e["endings"]))]
-    for context, *endings in groups(ids_of(texts, tokenizer), 5):
+    for context, *endings in ids_of(texts, tokenizer):
         context = context or [tokenizer.eot_token]  # the first token of an ending needs one before it
         pairs += [(context, ending) for ending in endings]
     return pairs, None
@@ -184,7 +181,7 @@ def render_harness(examples, tokenizer):
         endings = [harness_text(ending) for ending in e["endings"]]
         texts += [query.rstrip(), *(f"{query} {ending}" for ending in endings)]
         units += [len(ending) for ending in endings]  # without the space before it
-    for context, *wholes in groups(ids_of(texts, tokenizer), 5):
+    for context, *wholes in ids_of(texts, tokenizer):
         start = [*prefix, *context] or [tokenizer.eot_token]
         pairs += [(start, whole[len(context) :]) for whole in wholes]  # spaces at the query's end go to the ending
     return pairs, units
@@ -197,12 +194,9 @@ def harness_text(text: str) -> str:
 
 
 def ids_of(texts, tokenizer):
-    """A list of ids for each text."""
-    return [ids.tolist() for ids in tokenizer.encode_arrays(texts)]
-
-
-def groups(items, size):
-    return (items[i : i + size] for i in range(0, len(items), size))
+    """The ids of five texts at a time: those of a context and of four endings."""
+    ids = [array.tolist() for array in tokenizer.encode_arrays(texts)]
+    return [ids[i : i + 5] for i in range(0, len(ids), 5)]
 
 
 CONVENTIONS = {"completion": render_completion, "harness": render_harness}
@@ -240,15 +234,6 @@ class Scores:
         return result | {"examples": n, "truncated": self.truncated}
 
 
-def cut_to_context(context: list[int], ending: list[int], block_size: int) -> tuple[list[int], int]:
-    """A sequence: (ids, how many of the last are scored). One that is too long loses its beginning.
-
-    block_size + 1 ids fit, because the last one is predicted and never an input.
-    """
-    ids = (context + ending)[-(block_size + 1) :]
-    return ids, min(len(ending), len(ids) - 1)
-
-
 class Row(NamedTuple):
     """Sequences in one row of a batch: the beginning that they share, then the rest of each of them.
 
@@ -263,7 +248,7 @@ class Row(NamedTuple):
 
 
 def pack(sequences, numbers) -> Row:
-    """The row of the sequences (ids, scored) with these numbers.
+    """The row of the sequences with these numbers. A sequence: (ids, how many of the last are scored).
 
     The beginning that all of them have in common is in the row once. It is the context, or less where a sequence lost
     its beginning or was tokenised differently; the scores are the same in each case.
@@ -286,10 +271,10 @@ def pack(sequences, numbers) -> Row:
 def make_rows(sequences, block_size, packed=True) -> list[Row]:
     """A row for each four sequences, or for each one where not `packed` or where four exceed block_size."""
     rows = []
-    for four in groups(range(len(sequences)), 4):
-        row = pack(sequences, four) if packed else None
-        fits = row is not None and len(row.ids) <= block_size
-        some = [row] if fits else [pack(sequences, [number]) for number in four]
+    for first in range(0, len(sequences), 4):
+        some = [pack(sequences, range(first, first + 4))]
+        if not packed or len(some[0].ids) > block_size:
+            some = [pack(sequences, [number]) for number in range(first, first + 4)]
         rows += [Row(*(np.array(column, np.int32) for column in row)) for row in some]
     return rows
 
@@ -326,10 +311,8 @@ def score_batch(model, batch, device, pieces=1) -> np.ndarray:
     where = np.concatenate([np.add(b * T, row.where) for b, row in enumerate(batch)])
     where = torch.from_numpy(where).to(device)
     targets = torch.from_numpy(np.concatenate([row.targets for row in batch])).to(device).long()
-    if padded[2].any():
-        options = {"positions": positions, "mask": visible(parts)}
-    else:  # one sequence a row: plain causal attention
-        options = {}
+    # without parts there is one sequence a row, for which plain causal attention is right
+    options = {"positions": positions, "mask": visible(parts)} if padded[2].any() else {}
     with attention_of_any_shape():
         x = model.features(ids, **options)
     x = x.flatten(0, 1)[where]  # (E, C)
@@ -392,9 +375,10 @@ def prepare(tokenizer, examples, block_size, packed=True, conventions=CONVENTION
     without = next((i for i, (_, ending) in enumerate(pairs) if not ending), None)
     if without is not None:
         raise UserError(f"HellaSwag example {without // 4 % len(examples)} has an ending without tokens")
-    sequences = [cut_to_context(context, ending, block_size) for context, ending in pairs]
+    longest = block_size + 1  # ids fit, because the last one is predicted and never an input
+    sequences = [((context + ending)[-longest:], min(len(ending), block_size)) for context, ending in pairs]
     tokens = np.array([scored for _, scored in sequences]).reshape(shape)
-    cut = np.array([len(context) + len(ending) > block_size + 1 for context, ending in pairs]).reshape(shape)
+    cut = np.array([len(context) + len(ending) > longest for context, ending in pairs]).reshape(shape)
     return Task(
         labels=np.array([example["label"] for example in examples]),
         rows=make_rows(sequences, block_size, packed),
@@ -490,10 +474,8 @@ def load_hf(name, device) -> tuple[HFModel, HFTokenizer]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         lm = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)  # never a pickle
     except Exception as error:  # the library raises whatever its parts do
-        why = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--hf_model {name}: no causal language model with a tokenizer and safetensors could be loaded ({why})"
-        ) from error
+        what = "no causal language model with a tokenizer and safetensors could be loaded"
+        raise UserError(f"--hf_model {name}: {what} ({one_line(error)})") from error
     stated = (getattr(lm.config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx"))
     block_size = next((size for size in stated if size), HF_BLOCK_SIZE)
     return HFModel(lm, block_size).to(device), HFTokenizer(tokenizer)
@@ -558,11 +540,7 @@ class HellaSwagConfig:
     limit: int | None = flag(None, "the first N of the file; default: all", at_least=1, unit="examples")
 
     batch_tokens: int | None = flag(
-        None,
-        "in a batch, with padding; default: 16,384, on a CPU 1,024",
-        at_least=1,
-        unit="tokens",
-        group="how it runs",
+        None, "in a batch, padded; default: 16,384, on a CPU 1,024", at_least=1, unit="tokens", group="how it runs"
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:N or mps; auto: the fastest there is", unit="name")
     dtype: str = flag("auto", "of products; auto: the hardware's fastest; compare with others in float32", unit="name",
@@ -585,17 +563,16 @@ def evaluate(args: HellaSwagConfig, rt) -> Scores:
     examples = rt.from_main(lambda: load_examples(args.data, args.limit))
     with memory_advice("on the device; name another --device"):
         model, tokenizer = load_hf(args.hf_model, rt.device) if args.hf_model else read_model(path, rt.device)
-    with ExitStack() as stack:
-        progress = None
-        if rt.is_main:
-            name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
-            print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
-            labels = np.array([example["label"] for example in examples])
-            bar = stack.enter_context(closing(Progress(0, len(examples), unit="example", plain=False)))
-            progress = running_accuracy(bar, labels, rt.world)
-        stack.enter_context(memory_advice("on the device; lower --batch_tokens"))
-        stack.enter_context(rt.autocast())
-        return score(model, tokenizer, examples, rt, args.batch_tokens, progress)
+    if rt.is_main:
+        name = args.hf_model or f"checkpoint {path.parent.name}/{path.name}"
+        print(f"{name} on {rt.device} in {rt.dtype}", file=sys.stderr)
+    labels = np.array([example["label"] for example in examples])
+    with (
+        closing(Progress(0, len(examples), rt.is_main, unit="example", plain=False)) as bar,
+        memory_advice("on the device; lower --batch_tokens"),
+        rt.autocast(),
+    ):
+        return score(model, tokenizer, examples, rt, args.batch_tokens, running_accuracy(bar, labels, rt.world))
 
 
 def main(argv=None):

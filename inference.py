@@ -29,7 +29,7 @@ import torch
 
 from checkpoint import find_checkpoint, read_model
 from model import KVCache
-from support.runtime import attention_of_any_shape, autocast, memory_advice, pick, pick_device, sample_faster
+from support.runtime import attention_of_any_shape, autocast, memory_advice, pick, sample_faster
 from support.terminal import refuse_unread
 
 DEFAULT_PROMPT = "The"
@@ -223,31 +223,29 @@ class TokenDecoder:
         self.window.append(token)
         if token in self.tokenizer.unsettled:
             return ""
-        text, end = self.decode(self.window)
-        piece = self.new(text, end)
+        text = self.settled(self.window)
+        piece = self.new(text)
         if piece or self.prompt is None:
-            self.prompt, self.returned = None, end
-            text, end = self.decode(self.window[-WINDOW:])
+            self.prompt, self.returned = None, len(text)
+            text = self.settled(self.window[-WINDOW:])
             if text:  # else a decoder would take the next id for the first of the text
-                self.window, self.returned = self.window[-WINDOW:], end
+                self.window, self.returned = self.window[-WINDOW:], len(text)
         return piece
 
     def finish(self) -> str:
         """The text that was held back; no id follows."""
-        text, _ = self.decode(self.window)
-        return self.new(text, len(text))
+        return self.new(self.tokenizer.decode(self.window))
 
-    def new(self, text, end):
-        """The part of text[:end] that was not returned yet and is not the prompt's."""
+    def new(self, text):
+        """The part of the window's text that was not returned yet and is not the prompt's."""
         if self.prompt is not None:
-            alike = (a == b for a, b in zip(self.prompt, text[:end]))
+            alike = (a == b for a, b in zip(self.prompt, text))
             self.returned = sum(takewhile(bool, alike))
-        return text[self.returned : end]
+        return text[self.returned :]
 
-    def decode(self, ids):
-        """(text, how many of its characters stay the same when other bytes of a character follow)."""
-        text = self.tokenizer.decode(ids)
-        return text, len(text) - text.endswith(REPLACEMENT)
+    def settled(self, ids):
+        """The text of the ids, less a U+FFFD at its end, which other bytes of a character may change."""
+        return self.tokenizer.decode(ids).removesuffix(REPLACEMENT)
 
 
 class Sample:
@@ -332,9 +330,7 @@ class InferenceConfig:
     )
     prompt: str | None = flag(None, f"to continue, '' starts a new text; default: {DEFAULT_PROMPT!r}", unit="text")
     prompt_file: str | None = flag(
-        None,
-        "UTF-8 text to continue, less one newline at its end; - reads stdin to its end; default: none",
-        unit="file",
+        None, "UTF-8 text to continue, less one newline at its end; - reads all of stdin; default: none", unit="file"
     )
     interactive: bool = flag(False, "continue each line typed, until end of input")
     truncate_left: bool = flag(False, "cut a prompt of too many tokens on its left; else an error")
@@ -360,19 +356,16 @@ class InferenceConfig:
 
 
 def problems(c: InferenceConfig) -> list[str]:
-    """Everything wrong with the flags and with the device and the file that they name, a line each."""
+    """Everything wrong with the flags and with the file that they name, a line each."""
     found = range_problems(c)
     if "" in c.stop:
         found.append("--stop is empty; it must hold text")
     prompts = [f"--{n}" for n in ("prompt", "prompt_file", "interactive") if getattr(c, n) not in (None, False)]
     if len(prompts) > 1:
         found.append(f"{' and '.join(prompts)} exclude each other")
-    checks = [(pick_device, c.device)]
     if c.prompt_file not in (None, "-") and not Path(c.prompt_file).is_fifo():  # a pipe can be read once only
-        checks.append((read_text, c.prompt_file))
-    for check, value in checks:
         try:
-            check(value)
+            read_text(c.prompt_file)
         except UserError as error:
             found.append(str(error))
     return found
@@ -387,11 +380,9 @@ def read_text(source):
         raise UserError(f"prompt file {source}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_prompt(c: InferenceConfig):
-    """The text to continue; None where it will be typed. stdin is read only when it is named, because in a shell's
-    loop, or in a script that the shell itself reads from stdin, what stands there are the next commands."""
-    if c.interactive:
-        return None
+def read_prompt(c: InferenceConfig) -> str:
+    """The text to continue. stdin is read only when it is named, because in a shell's loop, or in a script that the
+    shell itself reads from stdin, what stands there are the next commands."""
     if c.prompt_file is not None:
         return read_text(c.prompt_file)
     return DEFAULT_PROMPT if c.prompt is None else c.prompt
@@ -461,8 +452,8 @@ def converse(model, tokenizer, presets, args):
 def main(argv=None):
     """Text goes to stdout, what is said about it to stderr."""
     args = parse(InferenceConfig, argv, __doc__, problems)
-    presets, prompt = presets_of(args), read_prompt(args)
     device, dtype = pick(args.device, args.dtype)
+    presets, prompt = presets_of(args), read_prompt(args)
     for stream in (sys.stdin, sys.stdout):  # UTF-8 whatever the console's own; lone surrogates print as "?"
         with contextlib.suppress(AttributeError):  # a notebook has other streams
             stream.reconfigure(encoding="utf-8", errors="replace")

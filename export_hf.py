@@ -125,9 +125,9 @@ def from_hf(theirs, c: GPTConfig) -> dict:
 
 def hf_config(c: GPTConfig) -> dict:
     """The keys of config.json that decide what transformers computes. None is left to the library's default."""
-    values = {"model_type": ARCHITECTURES[c.norm][0]}
-    values |= {theirs: getattr(c, ours) for theirs, ours in SIZES.items()}
-    values |= {
+    values = {
+        "model_type": ARCHITECTURES[c.norm][0],
+        **{theirs: getattr(c, ours) for theirs, ours in SIZES.items()},
         "num_key_value_heads": c.n_head,
         "intermediate_size": 4 * c.n_embd,
         "hidden_act": "gelu_pytorch_tanh",
@@ -193,8 +193,7 @@ def write_folder(folder, model, tokenizer, dtype):
     about["rope_theta"] = c.rope_theta  # where transformers 4 looks for it
     write_json(folder / CONFIG, about | hf_config(c) | eot)
     write_json(folder / "generation_config.json", eot)
-    tokenizer.save(folder)
-    plain = read_json(folder / TOKENIZER) | {"post_processor": None}  # it could add tokens that `encode` never adds
+    plain = tokenizer.contents | {"post_processor": None}  # it could add tokens that `encode` never adds
     write_whole(folder / TOKENIZER, json.dumps(plain, ensure_ascii=False).encode())
     marker = tokenizer.backend.id_to_token(tokenizer.eot_token)
     about = {
@@ -298,6 +297,7 @@ def card(path, model, tokenizer, dtype, measured) -> str:
     """README.md of the export: what the model is, how it was trained and what was measured at this checkpoint."""
     c, step, run_dir = model.config, read_json(path / checkpoint.MANIFEST).get("step"), path.resolve().parent
     count = model.num_parameters() - (c.vocab_size - c.valid_vocab_size) * c.n_embd
+    facts = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
     rows = {row["kind"]: row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] == step}
     sizes = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} channels, context {c.block_size:,} tokens"
     differs = f"logits differ by at most {measured['logits']:.1e} on random ids over the whole context"
@@ -306,11 +306,8 @@ def card(path, model, tokenizer, dtype, measured) -> str:
     table = {
         "checkpoint": f"{run_dir.name}, step {step}",
         "parameters": f"{count:,} ({sizes}, {c.valid_vocab_size:,} token ids)",
-        "tokens seen in training": next(
-            (f"{row['tokens']:,}" for row in rows.values() if "tokens" in row), "not measured"
-        ),
         **results(rows),
-        **training(read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}),
+        **training(facts),
         "export against checkpoint": differs,
     }
     return CARD.format(
@@ -325,18 +322,18 @@ def card(path, model, tokenizer, dtype, measured) -> str:
 
 def results(rows) -> dict:
     """The measured numbers of the step from its rows, by kind; "not measured" stands for one that is not there."""
+    val, score = rows.get("val", {}), rows.get("hellaswag", {})
 
-    def shown(row, key, form, unit=""):
-        value = rows.get(row, {}).get(key)
-        return "not measured" if value is None else f"{value:{form}}{unit}"
+    def shown(value, form):
+        return "not measured" if value is None else form.format(value)
 
     table = {
-        "validation loss": shown("val", "loss", ".4f", " nats per token"),
-        "validation perplexity": shown("val", "perplexity", ".2f"),
-        "validation bits per byte": shown("val", "bits_per_byte", ".4f"),
-        "HellaSwag examples": shown("hellaswag", "examples", ",", " (chance is 25 %)"),
+        "tokens seen in training": shown(next(iter(rows.values()), {}).get("tokens"), "{:,}"),
+        "validation loss": shown(val.get("loss"), "{:.4f} nats per token"),
+        "validation perplexity": shown(val.get("perplexity"), "{:.2f}"),
+        "validation bits per byte": shown(val.get("bits_per_byte"), "{:.4f}"),
+        "HellaSwag examples": shown(score.get("examples"), "{:,} (chance is 25 %)"),
     }
-    score = rows.get("hellaswag", {})
     for name in [n for n in score if f"{n}_stderr" in score]:
         table[f"HellaSwag {name}"] = f"{100 * score[name]:.2f} % ± {100 * score[f'{name}_stderr']:.2f}"
     return table
@@ -461,10 +458,9 @@ def read_hf_config(folder) -> GPTConfig:
     rows = -(-sizes["valid_vocab_size"] // 64) * 64
     bias = norm == "layernorm" or found.attention_bias is True
     config = GPTConfig(**sizes, vocab_size=rows, dropout=0.0, bias=bias, norm=norm, rope_theta=float(theta))
-    wrong = config.problems()
-    if not wrong:
-        expected = hf_config(config).items()
-        wrong = [f"{k} is {getattr(found, k)!r}, expected {v!r}" for k, v in expected if getattr(found, k) != v]
+    wrong = config.problems() or [
+        f"{k} is {getattr(found, k)!r}, expected {v!r}" for k, v in hf_config(config).items() if getattr(found, k) != v
+    ]
     if wrong:
         raise UserError(f"{path}: this is not our model: {'; '.join(wrong)}")
     return config
@@ -503,9 +499,11 @@ def check_files(folder) -> int:
         names = {MODEL}
     elif (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map")
-        names = set(listed.values()) if isinstance(listed, dict) and all(map(is_name, listed.values())) else set()
-        if not names:
-            raise UserError(f"{folder / INDEX}: weight_map does not list files of this folder")
+        listed = list(listed.values()) if isinstance(listed, dict) else [listed]
+        files = [p.name for p in folder.glob("*.safetensors")]
+        if strange := [name for name in listed if name not in files]:
+            raise UserError(f"{folder / INDEX}: weight_map does not list files of this folder ({strange[0]!r})")
+        names = set(listed)
     else:
         pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         there = f"; {pickles[0]} is a pickle, which could run code and is not opened" if pickles else ""
@@ -518,11 +516,6 @@ def check_files(folder) -> int:
                     raise UserError(f"{path}: tensor {name} is {kind}, expected F32, BF16 or F16")
                 count += 1
     return count
-
-
-def is_name(value) -> bool:
-    """Whether this is the name of a safetensors file in the same folder."""
-    return isinstance(value, str) and Path(value).name == value and value.endswith(".safetensors")
 
 
 # ---------------------------------------------------------------------------------------

@@ -215,8 +215,7 @@ class TextTokenizer:
         return hashlib.sha256(json.dumps([vocab, merges, self.eot_token]).encode()).hexdigest()
 
     def save(self, directory):
-        """Writes tokenizer.json, and tokenizer_config.json, which names the marker, and flushes them to the disk.
-        `load_tokenizer(directory)` reads them."""
+        """Writes tokenizer.json, and tokenizer_config.json, which names the marker, and flushes them to the disk."""
         about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.backend.id_to_token(self.eot_token)}
         write_whole(Path(directory, FILE), self.backend.to_str().encode())
         write_json(Path(directory, CONFIG), about)

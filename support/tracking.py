@@ -4,12 +4,14 @@ metrics.jsonl has one JSON object a line and is the source of truth: the termina
 cannot stop a run. When a run resumes, the rows after its checkpoint are removed, so every step has one row.
 """
 
+import importlib
 import json
 import math
 import os
 import secrets
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +25,7 @@ NO_CURVES = {"kind", "step", "checksum", "samples_seen", "targets", "examples"}
 PLAIN_SECONDS = 10  # between progress lines where the output is not a terminal
 
 
-class Log:
+class Log(AbstractContextManager):
     """Tells what a run does: rows to metrics.jsonl and a tracker, lines to the terminal, a summary at the end.
 
     c is the run's configuration, about what `train.describe_run` returns. As a context it closes what it opened."""
@@ -143,9 +145,6 @@ class Log:
         print(f"kept       {self.c.run_dir}: checkpoints, metrics.jsonl, curves.png")
         print(f"next       python inference.py --checkpoint {self.c.run_dir}", flush=True)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exc):
         for opened in (self.tracker, self.progress, self.metrics):
             if opened is not None:
@@ -181,10 +180,6 @@ def hellaswag_in_words(row) -> str:
     """The accuracies in percent."""
     known = {k: v for k, v in row.items() if k.endswith(("_acc", "_acc_norm")) and type(v) is float}
     return ", ".join(f"{k.replace('_', ' ', 1)} {100 * share:.2f}" for k, share in known.items()) + " percent"
-
-
-# ---------------------------------------------------------------------------------------
-# metrics.jsonl.
 
 
 class Metrics:
@@ -243,10 +238,6 @@ def read_rows(path):
                 raise UserError(f"{path}, line {number}: not a row of metrics; correct that line or delete it")
 
 
-# ---------------------------------------------------------------------------------------
-# Trackers: each `start_...` returns (function of step and values, class of tables, function to end with).
-
-
 class Tracker:
     """The rows shown by Weights & Biases, or by trackio's local dashboard, which needs no account and no network.
 
@@ -254,21 +245,33 @@ class Tracker:
 
     def __init__(self, library, project, name, run_dir, config):
         """library: "wandb" or "trackio"; a run that continues in `run_dir` continues there too."""
-        self.library, self.off, self.samples = library, False, []
-        self.send = self.table = self.finish = None
-        start = {"wandb": start_wandb, "trackio": start_trackio}[library]
-        if started := self.attempt(start, project, name or run_dir.name, run_dir, config):
-            self.send, self.table, self.finish = started
+        self.name, self.off, self.samples = library, False, []
+        self.attempt(self.start, project, name or run_dir.name, run_dir, config)
 
     def attempt(self, function, *arguments):
         if self.off:
-            return None
+            return
         try:
-            return function(*arguments)
+            function(*arguments)
         except Exception as error:
             self.off = True
             said = f"{type(error).__name__}: {error}"
-            print(f"warning: {self.library} is off for the rest of this run ({said})", file=sys.stderr)
+            print(f"warning: {self.name} is off for the rest of this run ({said})", file=sys.stderr)
+
+    def start(self, project, name, run_dir, config):
+        self.library = importlib.import_module(self.name)  # here: optional, and slow to import
+        identifier = run_id(run_dir / f"{self.name}_id.txt")
+        if self.name == "wandb":
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key(self.library) else "offline")
+            if mode == "offline":
+                print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
+            settings = self.library.Settings(init_timeout=30)
+            options = dict(name=name, id=identifier, dir=str(run_dir), mode=mode, settings=settings)
+        else:  # trackio keeps runs in a database of the user's (TRACKIO_DIR), by name: so the name contains the id
+            options = dict(name=f"{name} {identifier}", embed=False, auto_log_gpu=False, auto_log_cpu=False)
+        self.run = self.library.init(project=project, config=config, resume="allow", **options)
+        if self.name == "wandb":
+            self.run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
 
     def log(self, row):
         self.attempt(self.log_row, row)
@@ -277,25 +280,16 @@ class Tracker:
         values = {k if k in AXES else f"{row['kind']}/{k}": v for k, v in row.items() if k not in NO_CURVES}
         if row["kind"] == "sample":
             self.samples.append([row["step"], row["prompt"], row["text"]])
-            values = {"samples": self.table(columns=["step", "prompt", "text"], data=self.samples.copy())}
-        self.send(row["step"], {k: v for k, v in values.items() if v is not None})
+            columns = ["step", "prompt", "text"]
+            values = {"samples": self.library.Table(columns=columns, data=self.samples.copy())}
+        values = {k: v for k, v in values.items() if v is not None}
+        if self.name == "wandb":
+            self.run.log({"step": row["step"]} | values)
+        else:
+            self.run.log(values, row["step"])
 
     def close(self):
-        self.attempt(self.finish)
-
-
-def start_wandb(project, name, run_dir, config):
-    import wandb  # here: optional, and slow to import
-
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key(wandb) else "offline")
-    if mode == "offline":
-        print(f"wandb: offline; send it later with `wandb sync {run_dir}/wandb/offline-run-*`")
-    run = wandb.init(
-        project=project, name=name, dir=str(run_dir), config=config, id=run_id(run_dir / "wandb_id.txt"),
-        resume="allow", mode=mode, settings=wandb.Settings(init_timeout=30),
-    )  # fmt: skip
-    run.define_metric("*", step_metric="step")  # wandb's own step only grows and would drop resumed rows
-    return lambda step, values: run.log({"step": step} | values), wandb.Table, run.finish
+        self.attempt(lambda: self.library.finish())
 
 
 def has_key(wandb) -> bool:
@@ -305,26 +299,11 @@ def has_key(wandb) -> bool:
         return False
 
 
-def start_trackio(project, name, run_dir, config):
-    """trackio keeps runs in a database of the user's (TRACKIO_DIR), by name: so the name contains the run's id."""
-    import trackio
-
-    run = trackio.init(
-        project, name=f"{name} {run_id(run_dir / 'trackio_id.txt')}", config=config, resume="allow", embed=False,
-        auto_log_gpu=False, auto_log_cpu=False,
-    )  # fmt: skip
-    return lambda step, values: run.log(values, step), trackio.Table, trackio.finish
-
-
 def run_id(path) -> str:
     """The run's id at a tracker, made at its first start: a run of the same name in a new directory has another."""
     if not path.exists():
         path.write_text(secrets.token_hex(4) + "\n")
     return path.read_text().strip()
-
-
-# ---------------------------------------------------------------------------------------
-# The progress bar.
 
 
 class Progress:

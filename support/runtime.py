@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -53,7 +53,7 @@ left_groups = []  # see Runtime.__exit__
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # ---------------------------------------------------------------------------------------
-# Device and precision.
+# Device, precision, compiler.
 
 
 def pick_device(name="auto") -> torch.device:
@@ -68,9 +68,7 @@ def pick_device(name="auto") -> torch.device:
     if device is None or not has.get(device.type):
         raise UserError(f"device {name!r} is not available; this machine has {', '.join(k for k in has if has[k])}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name!r} is not available; this machine has {torch.cuda.device_count()} CUDA device(s)"
-        )
+        raise UserError(f"device {name!r} is not available; there are {torch.cuda.device_count()} CUDA device(s)")
     return device
 
 
@@ -120,28 +118,34 @@ def keep_freed_memory():
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's end is not cut off
 
 
-def be_deterministic():
-    """From here on CUDA gives the same bits for the same work: without atomic additions, and without choosing kernels
-    by measured time (it also sets the compiler's own flag). To be called before CUDA is used."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
-
-
 def peak_flops(device_name) -> float | None:
     """That of PEAK_FLOPS for the name that CUDA gives a device."""
-    for pattern, peak in PEAK_FLOPS:
-        if re.search(rf"\b({pattern})\b", device_name):
-            return peak
-    return None
+    return next((peak for pattern, peak in PEAK_FLOPS if re.search(rf"\b({pattern})\b", device_name)), None)
 
 
 def cuda_devices() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-# ---------------------------------------------------------------------------------------
-# Compiling.
+def git_commit() -> str | None:
+    """The commit of this code; None without git, without a repository, or where git does not answer in time."""
+    how = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_SECONDS, cwd=Path(__file__).parent)
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], check=True, **how).stdout.decode(errors="replace").strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict:
+    """What a reader of run.json wants to know of the machine."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def lacks_to_compile(device) -> str | None:
@@ -268,7 +272,7 @@ def in_float64(value, device):
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(AbstractContextManager):
     """One process of a run: its device, precision and rank. As a context it leaves the process group at the end."""
 
     device: torch.device
@@ -277,9 +281,6 @@ class Runtime:
     local_rank: int = 0
     world: int = 1
     signals: "StopSignals" = field(default_factory=lambda: StopSignals())  # a context of its own, see there
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exc):
         """Leaves the process group, but keeps the group's object until the process ends.
@@ -348,24 +349,22 @@ class Runtime:
         a UserError is printed by rank 0 alone."""
         if self.world == 1:
             return function()
-        box, failed = [None], None
+        box, failed = [None, None], None  # the result, and what the other ranks raise
         if self.is_main:
             try:
-                box = [(function(), None)]
+                box[0] = function()
             except Exception as error:
                 failed = error
                 if isinstance(error, Stopped):
-                    elsewhere = Stopped()
+                    box[1] = Stopped()
                 elif isinstance(error, (UserError, OSError)):
-                    elsewhere = SystemExit(2)
+                    box[1] = SystemExit(2)
                 else:
-                    elsewhere = RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
-                box = [(None, elsewhere)]
+                    box[1] = RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
-        result, elsewhere = box[0]
-        if elsewhere is not None:
-            raise failed or elsewhere
-        return result
+        if box[1] is not None:
+            raise failed or box[1]
+        return box[0]
 
     def gather(self, value) -> list:
         """`value` of every rank, in rank order, on every rank."""
@@ -403,9 +402,12 @@ class Runtime:
 
 def start(device="auto", dtype="auto", timeout=1800, deterministic=False) -> Runtime:
     """Joins the process group if torchrun started this process: gloo on CPU, nccl on CUDA. A process that has waited
-    `timeout` seconds for another gives up. deterministic: see `be_deterministic`."""
-    if deterministic:
-        be_deterministic()
+    `timeout` seconds for another gives up. deterministic: CUDA gives the same bits for the same work, without atomic
+    additions and without choosing kernels by measured time; the compiler's own flag is set too."""
+    if deterministic:  # before CUDA is used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # new tensors need no value to be overwritten
     rank, local, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(device)
     if device.type == "cuda":
@@ -579,28 +581,3 @@ def lost_peer(error) -> bool:
     words = ["gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting"]
     words += ["wait timeout", "client socket", "Broken pipe", "Failed to recv"]  # while they look for each other
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(word in str(error) for word in words)
-
-
-# ---------------------------------------------------------------------------------------
-# What run.json tells of the machine.
-
-
-def git_commit() -> str | None:
-    """The commit of this code; None without git, without a repository, or where git does not answer in time."""
-    how = dict(stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_SECONDS, cwd=Path(__file__).parent)
-    try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], check=True, **how).stdout.decode(errors="replace").strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def versions() -> dict:
-    """What a reader of run.json wants to know of the machine."""
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device_name": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }

@@ -11,20 +11,19 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-Each program imports this module before any installed package. Where such a package is missing, one line says so, see
-`say_missing_package`.
+Each program imports this module before any installed package, see `say_missing_package`.
 """
 
 import argparse
 import difflib
 import functools
 import math
+import operator
 import os
 import re
 import shlex
 import sys
 import typing
-from contextlib import suppress
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 
@@ -66,6 +65,7 @@ def flag(default, help, *, at_least=None, above=None, below=None, at_most=None, 
     `positional` value is given without its name.
     """
     limits = dict(at_least=at_least, above=above, below=below, at_most=at_most)
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
     about = dict(help=help, limits=limits, choices=choices, unit=unit, group=group, positional=positional)
     return field(default=default, metadata=about)
 
@@ -92,15 +92,13 @@ def shown(f) -> str:
 
 def range_of(f) -> str:
     """'at least 0 and below 1', or '' for a field without limits."""
-    limits = f.metadata["limits"].items()
-    return " and ".join(f"{name.replace('_', ' ')} {limit:,}" for name, limit in limits if limit is not None)
+    return " and ".join(f"{name.replace('_', ' ')} {limit:,}" for name, limit in f.metadata["limits"].items())
 
 
 def within(f, value) -> bool:
     """Whether a number is finite and within the field's limits."""
-    tests = {"at_least": float.__ge__, "above": float.__gt__, "below": float.__lt__, "at_most": float.__le__}
-    limits = {name: limit for name, limit in f.metadata["limits"].items() if limit is not None}
-    return math.isfinite(value) and all(tests[k](float(value), float(limit)) for k, limit in limits.items())
+    tests = {"at_least": operator.ge, "above": operator.gt, "below": operator.lt, "at_most": operator.le}
+    return math.isfinite(value) and all(tests[name](value, limit) for name, limit in f.metadata["limits"].items())
 
 
 def did_you_mean(word, known) -> str:
@@ -265,8 +263,7 @@ def run(main) -> int:
         code = main() or 0
         sys.stdout.flush()
         if code == 0:
-            with suppress(ReaderLeft):
-                refuse_unread()
+            refuse_unread()
         return code
     except ReaderLeft:
         return 0

@@ -1,7 +1,5 @@
 """The only downloader: a file by HTTP, whole and checked, or not at all.
 
-    download("https://host/shard.npy", "data/shard.npy")
-
 A file gets its name when all bytes that the server announced are on the disk and the caller's check has found nothing
 wrong. After a failure there is a pause and another attempt, which continues where the last one stopped.
 """

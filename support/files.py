@@ -153,15 +153,14 @@ def read_json(path, limit=JSON_LIMIT) -> dict:
     """The JSON object in a file. UserError names the file if it is missing, not an object, or above `limit` bytes."""
     path = Path(path)
     try:
-        if path.stat().st_size > limit:
-            raise UserError(f"{path}: {path.stat().st_size:,} bytes; expected at most {limit:,}")
-        value = json.loads(path.read_bytes())
+        size = path.stat().st_size
+        value = json.loads(path.read_bytes()) if size <= limit else None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path}: not JSON ({error})") from error
+    if size > limit:
+        raise UserError(f"{path}: {size:,} bytes; expected at most {limit:,}")
     if not isinstance(value, dict):
         raise UserError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value

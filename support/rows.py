@@ -87,17 +87,15 @@ def hub_files(name, subset, split, revision) -> tuple[list[File], str]:
 
         builder = datasets.load_dataset_builder(name, subset, revision=revision)
         splits = builder.config.data_files or {}
-        if not splits.get(split):
-            raise UserError(f"dataset {name}: no split {split!r}; --split takes {', '.join(splits) or 'none'}")
-        paths, system = list(splits[split]), HfFileSystem()
+        paths, system = list(splits.get(split, ())), HfFileSystem()
         listed = [e for folder in sorted({os.path.dirname(p) for p in paths}) for e in system.ls(folder, detail=True)]
-    except UserError:
-        raise
     except Exception as error:  # a hub has many ways to be out of reach
         raise UserError(
             f"dataset {name}: the hub could not be read ({type(error).__name__}: {one_line(error)}). Check the network "
             "and the names, or fetch its parquet files by other means and name them with --local_files"
         ) from error
+    if not paths:
+        raise UserError(f"dataset {name}: no split {split!r}; --split takes {', '.join(splits) or 'none'}")
     sizes = {entry["name"]: entry["size"] for entry in listed}
     unknown = [path for path in paths if format_of(path) is None]
     if unknown:

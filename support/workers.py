@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -9,7 +10,6 @@ import threading
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from pathlib import Path
 
 from support.cli import ROOT, UserError, one_line
 
@@ -90,10 +90,9 @@ def ray_cluster(address):
         raise UserError(f"--engine ray needs Ray ({error}); pip install ray, the version of the cluster") from error
     refuse_silence(address)
     with tempfile.TemporaryDirectory() as folder:
-        for path in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py")):
-            copy = Path(folder, path.relative_to(ROOT))
-            copy.parent.mkdir(exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+        shutil.copytree(ROOT / "support", f"{folder}/support")
+        for path in ROOT.glob("*.py"):
+            shutil.copy(path, folder)
         try:
             ray.init(address, runtime_env={"working_dir": folder}, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:

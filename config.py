@@ -4,6 +4,7 @@ Every field of `TrainConfig` is a flag. A preset is a set of values that the fla
 """
 
 import os
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -54,23 +55,13 @@ class TrainConfig:
 
     preset: str = flag("gpt2-124m", "set of values that the other flags change", unit="name",
                        choices=tuple(PRESET_VALUES), group="the run and its data")  # fmt: skip
-    run_name: str | None = flag(
-        None,
-        "the run's directory; where that run exists and no --preset is given, it continues with the flags and data "
-        "that its run.json remembers; default: the preset's name",
-        unit="name",
-    )
+    run_name: str | None = flag(None, "the run's directory; where that run exists and no --preset is given, it"
+        " continues with the flags of its run.json; default: the preset's name", unit="name")  # fmt: skip
     checkpoint_dir: str = flag(checkpoint.DEFAULT_DIR, "directory of all runs", unit="folder")
     data_dir: str = flag("edu_fineweb10B", "training shards", unit="folder")
-    val_data_dir: str | None = flag(
-        None, "validation shards; default: data_dir + _val, or data_dir's own", unit="folder"
-    )
-    tokenizer: str | None = flag(
-        None, "folder, file or hub name; default: the one kept with the shards, else gpt2", unit="name"
-    )
-    eot_token: str | None = flag(
-        None, "the token that ends a text; default: what the tokenizer's own files say", unit="token"
-    )
+    val_data_dir: str | None = flag(None, "validation shards; default: DATA_DIR_val, or data_dir's own", unit="folder")
+    tokenizer: str | None = flag(None, "folder, file or hub name; default: the shards' own, else gpt2", unit="name")
+    eot_token: str | None = flag(None, "the token that ends a text; default: the tokenizer's own", unit="token")
 
     block_size: int = flag(1024, "context length", at_least=1, unit="tokens", group="model")
     n_layer: int = flag(12, "number of blocks", at_least=1)
@@ -82,21 +73,13 @@ class TrainConfig:
     rope_theta: float = flag(10000.0, "base of RoPE's wavelengths", above=0)
 
     max_steps: int = flag(152_587, "optimizer steps", at_least=1, unit="steps", group="optimization")
-    batch_size: int = flag(
-        16, "per micro-batch and device; the flag to lower when memory runs out", at_least=1, unit="sequences"
-    )
-    total_batch_tokens: int = flag(
-        65_536, "per optimizer step over all devices; sets the accumulation", at_least=1, unit="tokens"
-    )
-    optimizer: str = flag(
-        "adamw", "muon is for the matrices inside the blocks, with adamw for the rest", unit="name",
-        choices=("adamw", "muon"),
-    )  # fmt: skip
+    batch_size: int = flag(16, "per micro-batch and device; lower it if memory runs out", at_least=1, unit="sequences")
+    total_batch_tokens: int = flag(65_536, "per step, all devices; sets the accumulation", at_least=1, unit="tokens")
+    optimizer: str = flag("adamw", "muon is for the matrices inside the blocks, with adamw for the rest", unit="name",
+                          choices=("adamw", "muon"))  # fmt: skip
     lr: float = flag(6e-4, "highest learning rate", at_least=0)
-    embed_lr: float | None = flag(
-        None, "of the shared embedding and output head, on the same schedule in proportion; default: --lr", at_least=0
-    )
-    vector_lr: float | None = flag(None, "of norms and biases, likewise; default: --lr", at_least=0)
+    embed_lr: float | None = flag(None, "of embedding and output head, scheduled like lr; default: --lr", at_least=0)
+    vector_lr: float | None = flag(None, "of norms and biases, scheduled like lr; default: --lr", at_least=0)
     min_lr: float | None = flag(None, "learning rate at the last step; default: a tenth of --lr", at_least=0)
     warmup_frac: float = flag(0.06, "share of the steps with rising learning rate", at_least=0, below=1)
     schedule: str = flag("cosine", "learning rate after the warm-up; linear: constant, then straight to --min_lr",
@@ -110,9 +93,7 @@ class TrainConfig:
     # an interval of 0 turns a thing off, and the last step counts as due
     eval_interval: int = flag(2000, "between validations; 0: never", at_least=0, unit="steps",
                               group="evaluation and saving")  # fmt: skip
-    val_tokens: int = flag(
-        5_242_880, "validated on, from the start of the validation shards", at_least=1, unit="tokens"
-    )
+    val_tokens: int = flag(5_242_880, "validated on, the first of the validation shards", at_least=1, unit="tokens")
     hellaswag_interval: int = flag(10_000, "between HellaSwag evaluations; 0: never", at_least=0, unit="steps")
     hellaswag_data: str | None = flag(None, "HellaSwag on this machine; default: downloaded once", unit="file")
     hellaswag_limit: int | None = flag(None, "used of HellaSwag; default: all 10,042", at_least=1, unit="examples")
@@ -121,15 +102,11 @@ class TrainConfig:
     save_interval: int = flag(2000, "between checkpoints; 0: only the last", at_least=0, unit="steps")
     keep_last: int = flag(2, "newest checkpoints kept, besides the best", at_least=1)
     eval_only: bool = flag(False, "evaluate --checkpoint, or the run's newest, and stop")
-    checkpoint: str | None = flag(
-        None, "with --eval_only: a run or one checkpoint; the run's own data is used", unit="folder"
-    )
+    checkpoint: str | None = flag(None, "with --eval_only: a run or a checkpoint; on that run's data", unit="folder")
 
-    init_from: str | None = flag(
-        None, "a run, one of its checkpoints or RUN/best: a new run starts at step 0 with these weights, and has their "
-        "architecture and tokenizer; --block_size, --rope_theta and --dropout may differ", unit="folder",
-        group="how it runs",
-    )  # fmt: skip
+    init_from: str | None = flag(None, "a run, one of its checkpoints or RUN/best: a new run starts at step 0 with"
+        " these weights, and has their architecture and tokenizer; --block_size, --rope_theta and --dropout may differ",
+        unit="folder", group="how it runs")  # fmt: skip
     resume: str = flag("auto", "auto: continue the run if it exists; never: refuse if it does; PATH: from that one",
                        unit="path")  # fmt: skip
     seed: int = flag(1337, "of weights, data order and dropout")
@@ -146,9 +123,7 @@ class TrainConfig:
 
     tracker: str = flag("off", "also log to wandb, or to trackio, a local dashboard", unit="name",
                         choices=("off", "wandb", "trackio"), group="trackers")  # fmt: skip
-    wandb_project: str | None = flag(
-        None, "project there, and wandb if no --tracker is named; default: gpt", unit="name"
-    )
+    wandb_project: str | None = flag(None, "project there; without --tracker it means wandb; default: gpt", unit="name")
     wandb_run_name: str | None = flag(None, "name of the run there; default: run_name", unit="name")
 
     def __init__(self, preset="gpt2-124m", **given):
@@ -174,9 +149,7 @@ class TrainConfig:
         return self.lr / 10 if self.min_lr is None else self.min_lr
 
     def lr_scale(self, own) -> float:
-        """The learning rate of a group of parameters at any step, as a multiple of the run's at that step.
-
-        own: the group's highest learning rate; None: that of the run."""
+        """What a group multiplies the run's learning rate with. own: its highest rate; None: the run's."""
         return 1.0 if own is None else own / self.lr
 
     @property
@@ -202,7 +175,9 @@ def problems(c: TrainConfig, world=None) -> list[str]:
     if found:
         return found
     found = range_problems(c) + [p for p in c.model_config(1).problems() if "must be" not in p]  # ranges are said
-    found += [f"--{name} is {value!a}; it must be UTF-8 text" for name, value in vars(c).items() if not is_text(value)]
+    for name, value in vars(c).items():
+        if re.search("[\ud800-\udfff]", str(value)):  # stands for a byte that was not UTF-8; no file takes it
+            found.append(f"--{name} is {value!a}; it must be UTF-8 text")
     if c.last_lr > c.lr:
         found.append(f"--min_lr is {c.min_lr}; it must not exceed --lr ({c.lr})")
     if c.lr == 0 and (c.embed_lr, c.vector_lr) != (None, None):
@@ -216,11 +191,6 @@ def problems(c: TrainConfig, world=None) -> list[str]:
     if c.checkpoint and not c.eval_only:
         found.append("--checkpoint goes with --eval_only; to continue a run from a checkpoint use --resume")
     return found
-
-
-def is_text(value) -> bool:
-    """False for text with a byte that was not UTF-8: it can be shown and written nowhere."""
-    return not isinstance(value, str) or value.encode(errors="replace").decode() == value
 
 
 def batch_problems(c: TrainConfig, world) -> list[str]:
@@ -274,7 +244,7 @@ def remembered(given: dict) -> dict:
         runs = given.get("checkpoint_dir", checkpoint.DEFAULT_DIR)
         found = checkpoint.find_checkpoint(given["checkpoint"], runs, names=[checkpoint.CONFIG])
         path = found.resolve().parent / "run.json"
-    elif "run_name" in given and is_text(given["run_name"]):
+    elif "run_name" in given:
         path = TrainConfig(**given).run_dir / "run.json"
     else:
         return {}

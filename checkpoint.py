@@ -10,7 +10,6 @@ A run's checkpoints are its line of steps. Where a run continues from an earlier
 renamed to aside_step_NNNNNNNN, which the run does not read, before their steps are trained again.
 """
 
-import json
 import math
 import os
 import re
@@ -52,10 +51,9 @@ MAY_DIFFER = ("block_size", "rope_theta", "dropout")  # of a model from that of 
 def snapshot(model, optimizer, keep=True, pinned=None) -> dict[str, dict[str, torch.Tensor]]:
     """Copies on the CPU of all that training changes: the tensors of each file of a checkpoint.
 
-    Under FSDP every rank must call it, because each tensor is gathered from all ranks; a rank with keep=False, which
-    writes no checkpoint, copies nothing and gets None for each tensor.
-    pinned: a dict that keeps the memory of the copies for the next snapshot. With it this function does not wait for a
-    GPU: the copies are complete when the function that `Runtime.so_far` returns has been called."""
+    Under FSDP every rank must call it, because each tensor is gathered from all ranks; with keep=False a rank copies
+    nothing and gets None for each. pinned: a dict that keeps the memory of the copies for the next snapshot. With it
+    nothing waits for a GPU: the copies are complete when the function that `Runtime.so_far` returns has been called."""
     files = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(model, optimizer)}
     return {
         file: {name: copied(gathered(t.detach()), keep, pinned, (file, name)) for name, t in tensors.items()}
@@ -256,12 +254,9 @@ def find_checkpoint(path=None, runs=DEFAULT_DIR, names=NEEDED) -> Path:
 def under_runs(path, runs) -> Path:
     """`path` under the directory of all runs, where only that is a run or belongs to one; else `path` itself."""
 
-    def is_run(p):
-        return p.is_dir() and bool(steps(p))
-
     def is_ours(p):
-        in_run = re.fullmatch(r"best|latest|step_\d+", p.name) and is_run(p.parent)
-        return is_run(p) or (p / MANIFEST).is_file() or bool(in_run)
+        in_run = re.fullmatch(r"best|latest|step_\d+", p.name) and steps(p.parent)
+        return bool(steps(p) or (p / MANIFEST).is_file() or in_run)
 
     here, there = Path(path), Path(runs, path)
     return there if is_ours(there) and not is_ours(here) else here
@@ -337,7 +332,7 @@ def read_config(path) -> GPTConfig:
 
 def load_weights(path, model):
     own = model.state_dict()
-    tensors = read_tensors(Path(path) / MODEL, {name: t.shape for name, t in own.items()})
+    tensors = read_tensors(path / MODEL, {name: t.shape for name, t in own.items()})
     model.load_state_dict({name: laid_out_like(own[name], t) for name, t in tensors.items()})
 
 
@@ -374,7 +369,6 @@ def kept_keys(optimizer, group):
 
 def load_training(path, model, optimizer):
     """Loads weights and optimizer state into existing objects."""
-    path = Path(path)
     load_weights(path, model)
     with open_tensors(path / OPTIMIZER) as f:
         started = len(f.keys()) > 0  # an optimizer has no state before its first step
@@ -418,10 +412,9 @@ class Saver:
         self.pinned = {}  # see `snapshot`
 
     def __enter__(self):
-        with ExitStack() as stack:
-            self.rt.from_main(lambda: stack.enter_context(run_lock(self.c.run_dir)))
-            self.writer = stack.enter_context(ThreadPoolExecutor(1))
-            self.stack = stack.pop_all()
+        self.stack = ExitStack()
+        self.rt.from_main(lambda: self.stack.enter_context(run_lock(self.c.run_dir)))
+        self.writer = self.stack.enter_context(ThreadPoolExecutor(1))
         return self
 
     def __exit__(self, *exc):
@@ -512,12 +505,7 @@ class Saver:
 
     def wait(self, log):
         """Waits until the last save is on the disk. If it failed, every rank raises its error."""
-
-        def finish():
-            if self.writing is not None:
-                self.writing.result()
-
-        self.rt.from_main(finish)
+        self.rt.from_main(lambda: self.writing.result() if self.writing else None)
         self.keep_best(log)
 
     def keep_best(self, log):
@@ -599,7 +587,7 @@ def goes_back(c, own) -> bool:
     why = None
     if named.parent != run_dir:
         why = "has checkpoints of its own"
-    elif read_json(own / STATE).get("config") == json.loads(json.dumps(asdict(c))):
+    elif read_json(own / STATE).get("config") == asdict(c):
         why = "went back there by this same command"
     if why:
         print(f"checkpoint {c.resume} is not resumed: {c.run_dir} {why} and goes on from {own.name}", file=sys.stderr)
@@ -633,7 +621,6 @@ def read_state(path) -> dict:
 @contextmanager
 def run_lock(run_dir):
     """Context in which this process alone writes to a run's directory. UserError names the one that does already."""
-    run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+") as f:
 
@@ -662,9 +649,7 @@ def main(argv=None):
     path = Path(parse(VerifyConfig, argv, __doc__).directory)
     found = [path] if (path / MANIFEST).is_file() else steps(path)
     if not found:
-        raise UserError(
-            f"{path}: {what_it_looks_like(path)}; expected a run's directory or one of its step_* checkpoints"
-        )
+        raise UserError(f"{path}: {what_it_looks_like(path)}; expected a run's directory or one of its checkpoints")
     bad = 0
     for checkpoint in found:
         try:

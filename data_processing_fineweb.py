@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.cli import REQUIRED, UserError, flag, parse, run  # isort: split
+from support.cli import REQUIRED, UserError, flag, one_line, parse, run  # isort: split
 
 import numpy as np
 
@@ -37,7 +37,6 @@ LLMC = {(20240520, 1): "<u2", (20240801, 7): "<u4"}  # llm.c's (magic, version) 
 LLMC_HEADER = 1024  # bytes: 256 little-endian int32, of which the third is the token count
 OUR_HEADER = 128  # bytes: numpy's header of a .npy with one dimension, for any number of tokens
 UNFINISHED_SHARD = ".unfinished"  # suffix of a shard that is being written
-WRITE_BUFFER = 2**20  # bytes
 NPY_HEADER = 2**12  # bytes read of a .npy for its header; ours has 128, and Python's parser copes with 6,000 brackets
 RELEASE_BYTES = 64 * 2**20  # the kernel may drop mapped pages after this much reading
 ENTRY = {"name": str, "tokens": int, "dtype": str, "sha256": str}  # what a manifest says of each shard
@@ -92,9 +91,7 @@ def read_npy_header(path, f):
     except KeyError as error:
         raise UserError(f"{path}: .npy version {version}, expected 1.0 or 2.0") from error
     except Exception as error:  # numpy raises ValueError, SyntaxError, EOFError, ... for damaged headers
-        raise UserError(
-            f"{path}: the .npy header is damaged ({(str(error) or type(error).__name__).splitlines()[0][:100]})"
-        ) from error
+        raise UserError(f"{path}: the .npy header is damaged ({one_line(error) or type(error).__name__})") from error
     if dtype.str not in ("<u2", "<u4"):
         raise UserError(f"{path}: found an array of {dtype} ({dtype.str}), expected little-endian uint16 or uint32")
     return shape, dtype.str, f.tell()
@@ -139,7 +136,7 @@ class ShardWriter:
         ids = np.ascontiguousarray(ids, self.dtype)
         while ids.size:
             if self.file is None:
-                self.file = open(self.unfinished, "wb", WRITE_BUFFER)  # noqa: SIM115 (until the shard is complete)
+                self.file = open(self.unfinished, "wb", 2**20)  # noqa: SIM115 (until the shard is complete)
                 self.file.write(bytes(OUR_HEADER))  # room for the header, which holds the number of tokens
                 sync_directory(self.directory)
             part = ids[: self.shard_tokens - self.filled]
@@ -308,8 +305,7 @@ class FineWebDataset:
 
     def __init__(self, directory, block_size, split="train", valid_vocab_size=None):
         self.shards, self.manifest = find_shards(directory, split)
-        self.directory, self.block_size = Path(directory), block_size
-        self.valid_vocab_size = valid_vocab_size
+        self.directory, self.block_size, self.valid_vocab_size = Path(directory), block_size, valid_vocab_size
         self.ends = np.cumsum([s.tokens for s in self.shards], dtype=np.int64)
         self.n_tokens = int(self.ends[-1])
         self.n_windows = -(-(self.n_tokens - 1) // block_size)
@@ -332,7 +328,11 @@ class FineWebDataset:
             out[at - start : at - start + part.size] = part
             at += part.size
         if self.valid_vocab_size is not None and out.max() >= self.valid_vocab_size:
-            self.raise_bad_token(start + int(out.argmax()), int(out.max()))
+            i, offset = self.locate(start + int(out.argmax()))
+            raise UserError(
+                f"{self.shards[i].path}: token {out.max()} at offset {offset:,}, but the vocabulary has "
+                f"{self.valid_vocab_size:,}; these shards were made with another tokenizer"
+            )
         return out
 
     def mapped(self, i):
@@ -361,13 +361,6 @@ class FineWebDataset:
         """The shard in which token `at` of the stream lies, and its place there."""
         i = int(np.searchsorted(self.ends, at, side="right"))
         return i, at - (int(self.ends[i]) - self.shards[i].tokens)
-
-    def raise_bad_token(self, at, token):
-        i, offset = self.locate(at)
-        raise UserError(
-            f"{self.shards[i].path}: token {token} at offset {offset:,}, but the vocabulary has "
-            f"{self.valid_vocab_size:,}; these shards were made with another tokenizer"
-        )
 
     def rows(self, windows):
         """Inputs and targets of the windows (n,): x, y (n, T) int64."""

@@ -24,7 +24,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from support.cli import UserError, flag, range_problems, read_flags, refuse, run, type_problems  # isort: split
 
@@ -72,24 +71,19 @@ class PrepareConfig:
     split: str = flag("train", "split of the dataset")
     revision: str | None = flag(None, "commit, tag or branch; default: the newest commit, which the manifest names")
     text_column: str = flag("text", "column or key of the text", group="documents")
-    split_on: str | None = flag(None, "cut each text here into documents, for example '<|endoftext|>'; without it"
-        " that is text like any other")  # fmt: skip
-    min_score: float | None = flag(None, "take only rows with so much in the column score, else int_score;"
-        " default: all")  # fmt: skip
-    language: str | None = flag(None, "take only rows with this in the column language, such as en; default: all")
+    split_on: str | None = flag(None, "cut each text into documents here, for example at '<|endoftext|>'")
+    min_score: float | None = flag(None, "only rows with so much in the column score, else int_score; default: all")
+    language: str | None = flag(None, "only rows with this in the column language, such as en; default: all")
     val_share: float | None = flag(None, "part of the documents that validates, by the hash of the text; where that is"
         " none, the last part of each document; default: 0.001, of your own files 0.05", above=0, below=1)  # fmt: skip
-    max_tokens: int | None = flag(None, "end with the document that reaches so many training tokens; default: no end",
-        at_least=1)  # fmt: skip
+    max_tokens: int | None = flag(None, "end with the document that reaches so many training tokens", at_least=1)
     tokenizer: str = flag("gpt2", "folder, tokenizer.json, or model on the hub", group="tokens")
     eot_token: str | None = flag(None, "the tokenizer's end-of-text token; default: the one it names")
-    train_tokenizer: int | None = flag(None, "train a byte-level BPE with so many ids on the same text, and use it",
-        at_least=257, at_most=2**20)  # fmt: skip
+    train_tokenizer: int | None = flag(None, "train a byte-level BPE of so many ids", at_least=257, at_most=2**20)
     shard_tokens: int = flag(100_000_000, "tokens per shard, at most", at_least=1, at_most=2**31)
     num_proc: int | None = flag(None, "processes; default: one per core", at_least=1, at_most=1024, group="machine")
     start_method: str = flag("spawn", "how they start", choices=("spawn", "fork", "forkserver"))
-    engine: str = flag("local", "this machine, or a Ray cluster with a folder that all of it sees",
-        choices=("local", "ray"))  # fmt: skip
+    engine: str = flag("local", "this machine, or a Ray cluster that sees the folders", choices=("local", "ray"))
     ray_address: str | None = flag(None, "of the cluster; default: RAY_ADDRESS, else Ray on this machine")
     pieces: str | None = flag(None, "make only part I of N equal parts, for job arrays; afterwards the same command"
         " without it finishes", unit="i:n")  # fmt: skip
@@ -211,17 +205,14 @@ def finish(c, directories, plan, kept, picture=True) -> dict:
     keep = {entry["name"] for m in manifests.values() for entry in m["shards"]}
     remove_files(directories, lambda name: name.endswith(".npy") and name not in keep)
     if picture:
-        plot_lengths({s: m["lengths"] for s, m in manifests.items()}, directories["train"] / PICTURE)
+        import plot_run  # here: only this needs matplotlib
+
+        lengths = {split: m["lengths"] for split, m in manifests.items()}
+        plot_run.plot_lengths(lengths, LENGTHS, directories["train"] / PICTURE)
     for split, directory in directories.items():
         write_json(directory / MANIFEST, manifests[split])
     forget_pieces(directories)
     return manifests
-
-
-def plot_lengths(lengths, path):
-    import plot_run  # here: only this needs matplotlib
-
-    plot_run.plot_lengths(lengths, LENGTHS, path)
 
 
 # ---------------------------------------------------------------------------------------
@@ -342,10 +333,9 @@ def write_demo(c, directories, parts, tokenizer, source) -> dict[str, dict]:
 
 def fetch_shards(urls, out_dir):
     """Fetches token shards, build-nanogpt's .npy or llm.c's .bin, which training reads as they are. UserError."""
-    names = [urlsplit(url).path.rsplit("/", 1)[-1] for url in urls]
-    good = [re.fullmatch(r"[\w-][\w.+-]*\.(npy|bin)", name, re.ASCII) for name in names]
-    good = [fits and urlsplit(url).scheme in ("http", "https") for fits, url in zip(good, urls)]
-    found = [f"{url}: expected http(s)://.../NAME.npy or .bin" for url, fits in zip(urls, good) if not fits]
+    matches = [re.fullmatch(r"(?i:https?)://[^?#]+/([\w-][\w.+-]*\.(npy|bin))([?#].*)?", url, re.ASCII) for url in urls]
+    names = [match[1] for match in matches if match]
+    found = [f"{url}: expected http(s)://.../NAME.npy or .bin" for url, match in zip(urls, matches) if not match]
     found += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
     if (Path(out_dir) / MANIFEST).exists():
         found.append(f"{out_dir}: holds shards with a manifest already; name another --out_dir")

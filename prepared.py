@@ -102,7 +102,6 @@ def only_writer(directories, seconds=0):
     for directory in directories.values():
         if directory.exists() and not directory.is_dir():
             raise UserError(f"{directory}: a file; name another --out_dir")
-    for directory in directories.values():
         directory.mkdir(parents=True, exist_ok=True)
     taken = f"{directories['train']}: another process is preparing it"
     # a file that is open for writing: NFS keeps the lock of a folder within one host, and so is none between hosts

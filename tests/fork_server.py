@@ -19,6 +19,7 @@ import time
 import datasets  # noqa: F401 (imported late, where it is needed)
 import torch._dynamo  # noqa: F401 (every optimizer imports it: two seconds that the children need not spend)
 
+import plot_run
 import prepare_fineweb
 import train
 from support.cli import run
@@ -27,7 +28,7 @@ from toy import seed_the_cpu_alone
 
 seed_the_cpu_alone()
 train.plot_curves = lambda run_dir: 0.0  # pictures would take most of the time
-prepare_fineweb.plot_lengths = lambda lengths, path: write_whole(path, b"picture")
+plot_run.plot_lengths = lambda lengths, bins, path: write_whole(path, b"picture")
 
 
 def child(request, reply):

@@ -24,6 +24,7 @@ import pyarrow.parquet
 import pytest
 
 import pieces
+import plot_run
 import prepare_fineweb
 from data_processing_fineweb import MANIFEST, FineWebDataset, verify_shards
 from prepare_fineweb import PrepareConfig, prepare_demo
@@ -50,7 +51,7 @@ needs_fork = pytest.mark.skipif(os.name == "nt", reason="needs fork")
 def here(tmp_path, monkeypatch, byte_tokenizer):
     """A working directory with a small tokenizer in `vocabulary`; no pictures, which take longer than all the rest."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "plot_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(plot_run, "plot_lengths", lambda *arguments: None)
     Path("vocabulary").mkdir()
     byte_tokenizer.save(Path("vocabulary"))
     return tmp_path
@@ -642,7 +643,7 @@ def died(byte_tokenizer, tmp_path_factory):
     """A folder with an undisturbed run and one that died, `d`: its first pieces are done, one is half-written."""
     with pytest.MonkeyPatch.context() as m:
         m.chdir(tmp_path_factory.mktemp("died"))
-        m.setattr(prepare_fineweb, "plot_lengths", lambda lengths, path: None)
+        m.setattr(plot_run, "plot_lengths", lambda *arguments: None)
         Path("vocabulary").mkdir()
         byte_tokenizer.save(Path("vocabulary"))
         write_parquet("a.parquet", DOCS, row_group_size=3)

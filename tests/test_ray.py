@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import plot_run
 import prepare_fineweb
 from prepare_fineweb import PrepareConfig, prepare
 from support import workers
@@ -60,7 +61,7 @@ def test_two_ray_workers_one_of_them_killed_make_the_bytes_of_a_local_run(
 ):
     """Bugs: pieces in the order in which they are ready; one lost, or taken twice, when its worker dies."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare_fineweb, "plot_lengths", lambda lengths, path: None)
+    monkeypatch.setattr(plot_run, "plot_lengths", lambda *arguments: None)
     byte_tokenizer.save(tmp_path)
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(0, 10**6, rng.integers(10, 30_000)))) for _ in range(60)]

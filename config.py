@@ -93,7 +93,7 @@ class TrainConfig:
     # an interval of 0 turns a thing off, and the last step counts as due
     eval_interval: int = flag(2000, "between validations; 0: never", at_least=0, unit="steps",
                               group="evaluation and saving")  # fmt: skip
-    val_tokens: int = flag(5_242_880, "validated on, the first of the validation shards", at_least=1, unit="tokens")
+    val_tokens: int = flag(5_242_880, "validated on: the first of the validation shards", at_least=1, unit="tokens")
     hellaswag_interval: int = flag(10_000, "between HellaSwag evaluations; 0: never", at_least=0, unit="steps")
     hellaswag_data: str | None = flag(None, "HellaSwag on this machine; default: downloaded once", unit="file")
     hellaswag_limit: int | None = flag(None, "used of HellaSwag; default: all 10,042", at_least=1, unit="examples")

@@ -24,7 +24,7 @@ from support.cli import UserError, flag, parse, run  # isort: split
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from support.files import read_json, write_whole
 
@@ -58,21 +58,18 @@ def read_metrics(path) -> dict[str, dict[str, np.ndarray]]:
     A last line that was cut off is left out; anything else malformed is a UserError with file and line.
     """
     columns = {kind: {key: [] for key in ("step", "tokens", "seconds", *keys)} for kind, keys in KEYS.items()}
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    row = json.loads(line)
-                    kind = columns.get(row["kind"], {})
-                    values = [float("nan") if row.get(key) is None else float(row[key]) for key in kind]
-                except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-                    if line.endswith(b"\n"):
-                        raise UserError(f"{path}, line {number}: not a row of metrics ({error!r})") from error
-                    break
-                for column, value in zip(kind.values(), values):
-                    column.append(value)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                kind = columns.get(row["kind"], {})
+                values = [np.nan if row.get(key) is None else float(row[key]) for key in kind]
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+                if line.endswith(b"\n"):
+                    raise UserError(f"{path}, line {number}: not a row of metrics ({error!r})") from error
+                break
+            for column, value in zip(kind.values(), values):
+                column.append(value)
     return {kind: {k: possible(k, np.array(v)) for k, v in column.items()} for kind, column in columns.items()}
 
 
@@ -122,22 +119,16 @@ def styles():
     return itertools.cycle(itertools.product(DASHES, COLORS))
 
 
-def is_seed(directory) -> bool:
-    """Whether it is COMPARISON/ARM/seed_N."""
-    parents = directory.resolve().parents
-    return bool(re.fullmatch(r"seed_-?\d+", directory.resolve().name)) and (parents[1] / "comparison.json").is_file()
-
-
 def find_arms(paths) -> list[dict]:
     """The arms of these runs (directories or metrics.jsonl files). UserError where a file is missing or malformed."""
     found, known = {}, {}  # (where, name) -> metrics files; the arms that have a colour, in order
     for path in paths:
         name, file = find_metrics(path)
-        where = str(path)
-        if is_seed(file.parent):
-            folder, where = file.resolve().parents[1:3]
-            names = arms_in(where)
-            name = names.get(folder.name, folder.name)
+        where, run_dir = str(path), file.resolve().parent
+        arm_dir, comparison = run_dir.parent, run_dir.parent.parent
+        if run_dir.name.startswith("seed_") and (comparison / "comparison.json").is_file():
+            where, names = comparison, arms_in(comparison)
+            name = names.get(arm_dir.name, arm_dir.name)
             known |= {(where, other): None for other in names.values()}
         found.setdefault((where, name), []).append(file)
     names = [name for _, name in found]
@@ -176,7 +167,7 @@ def aligned(runs) -> dict:
 
 
 # ---------------------------------------------------------------------------------------
-# Panels. Each draws every arm into one pair of axes.
+# Curves of one arm, drawn into one pair of axes. x and y are (runs, rows); `noisy` and `marked` take (rows,) as well.
 
 
 def number(value, _=None) -> str:
@@ -187,20 +178,25 @@ def number(value, _=None) -> str:
     return f"{value:.4g}"
 
 
+def plain(ax, r, x, y):
+    """A curve without noise, of several runs their mean."""
+    ax.plot(*thin(x.mean(0), y.mean(0)), color=r["color"], linestyle=r["dash"], linewidth=1.4)
+
+
 def noisy(ax, r, x, y):
-    """A curve with a value at every step, x and y (runs, rows) or (rows,). One run: light as it is, strong as its
-    running mean. Several: the running means, as a band and their mean."""
+    """A curve with a value at every step. One run: light as it is, strong as its running mean. Several: the running
+    means, as a band and their mean."""
     x, y = np.atleast_2d(x), np.atleast_2d(y)
     if len(y) == 1:
         ax.plot(*thin(x[0], y[0]), color=r["color"], linewidth=0.6, alpha=0.3)
     y = np.stack([smooth(row) for row in y])
     band(ax, r, x, y)
-    ax.plot(*thin(x.mean(0), y.mean(0)), color=r["color"], linestyle=r["dash"], linewidth=1.4)
+    plain(ax, r, x, y)
 
 
 def marked(ax, r, x, y, line=None):
-    """A curve with a value now and then, x and y (runs, rows) or (rows,), of several runs their mean: a circle at each,
-    or at every k-th of many; `line` "none": no curve."""
+    """A curve with a value now and then, of several runs their mean: a circle at each, or at every k-th of many;
+    `line` "none": no curve."""
     x, y = np.atleast_2d(x), np.atleast_2d(y)
     if line != "none":
         band(ax, r, x, y)
@@ -218,7 +214,11 @@ def band(ax, r, x, y):
             ax.plot(x, edge, color=r["color"], linestyle="-", linewidth=0.5, alpha=0.4)
 
 
-def frame(ax):
+# ---------------------------------------------------------------------------------------
+# Panels. These functions complete one, after the curves of all arms are drawn.
+
+
+def frame(ax, *_):
     """Limits that show what comes after the first fall, which is alike in all runs and would flatten the rest."""
     curves = [line.get_data() for line in ax.lines if len(line.get_xdata())]
     late = np.concatenate([y[x >= FALL * x[-1]] for x, y in curves])
@@ -229,10 +229,7 @@ def frame(ax):
         ax.set_ylim(low, high)  # 5% of air, on a logarithmic axis too
 
 
-def loss_panel(ax, arms, x):
-    ax.set_ylabel("loss (nats per token)")
-    for r in arms:
-        noisy(ax, r, r["train"][x], r["train"]["loss"])
+def finish_loss(ax, arms, x):
     for r in arms:
         marked(ax, r, r["val"][x], r["val"]["loss"], line="none")
     frame(ax)
@@ -245,78 +242,51 @@ def say_vocabularies(ax, arms):
         ax.set_title("vocabularies differ: not comparable", fontsize=9, loc="left", color="#B00000")
 
 
-def perplexity_panel(ax, arms, x):
-    ax.set_ylabel("validation perplexity")
+def finish_perplexity(ax, arms, x):
     ax.set_yscale("log")
-    for r in arms:
-        marked(ax, r, r["val"][x], r["val"]["perplexity"])
     frame(ax)
-    low, high = ax.get_ylim()
-    if high < 10 * low:  # too few powers of ten to be ticks
-        ax.yaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10]))
-        ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(number))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    ax.yaxis.set_major_formatter(number)
     ax.yaxis.set_minor_formatter(NullFormatter())
     say_vocabularies(ax, arms)
 
 
-def bits_panel(ax, arms, x):
-    ax.set_ylabel("validation bits per byte")
-    for r in arms:
-        marked(ax, r, r["val"][x], r["val"]["bits_per_byte"])
-    frame(ax)
-
-
-def hellaswag_panel(ax, arms, x):
-    ax.set_ylabel("HellaSwag acc_norm ± s.e. (%)")
+def finish_hellaswag(ax, arms, x):
     for r in arms:
         where, value, error = (r["hellaswag"][key] for key in (x, *KEYS["hellaswag"]))
-        marked(ax, r, where, 100 * value)
         if len(value) == 1:
             bars = {"ecolor": r["color"], "elinewidth": 1, "alpha": 0.6, "zorder": 1.5}
-            ax.errorbar(*thin(where[0], 100 * value[0], 100 * error[0]), fmt="none", **bars)
+            ax.errorbar(*thin(where[0], value[0], error[0]), fmt="none", **bars)
     references = [  # (percent, name, where to write it: chance at the end, where curves have left it)
         (GPT2_124M, f"GPT-2 124M, completion acc_norm {GPT2_124M}", "left", 0.01),
         (CHANCE, f"chance {CHANCE:g}", "right", 0.99),
     ]
-    for value, name, side, at in references:
-        ax.axhline(value, color=GREY, linewidth=1, linestyle="--")
-        ax.annotate(name, (at, value), (0, 3), ("axes fraction", "data"), "offset points", ha=side, color=GREY, size=9)
+    for percent, name, side, at in references:
+        ax.axhline(percent / 100, color=GREY, linewidth=1, linestyle="--")
+        place = (at, percent / 100), (0, 3), ("axes fraction", "data"), "offset points"
+        ax.annotate(name, *place, ha=side, color=GREY, size=9)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     ax.margins(y=0.1)
 
 
-def lr_panel(ax, arms, x):
-    ax.set_ylabel("learning rate")
+def finish_lr(ax, arms, x):
     ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    for r in arms:
-        at, lr = (r["train"][key].mean(0) for key in (x, "lr"))
-        ax.plot(*thin(at, lr), color=r["color"], linestyle=r["dash"], linewidth=1.4)
     ax.set_ylim(bottom=0)
 
 
-def norm_panel(ax, arms, x):
-    ax.set_ylabel("gradient norm before clipping")
-    for r in arms:
-        noisy(ax, r, r["train"][x], r["train"]["grad_norm"])
-    frame(ax)
-
-
-def speed_panel(ax, arms, x):
-    ax.set_ylabel("tokens per second")
-    ax.yaxis.set_major_formatter(FuncFormatter(number))
-    for r in arms:
-        noisy(ax, r, r["train"][x], r["train"]["tokens_per_second"])
+def finish_speed(ax, arms, x):
+    ax.yaxis.set_major_formatter(number)
     ax.set_ylim(bottom=0)
 
 
-PANELS = {  # --only -> (draws it, the column without which it is left out)
-    "loss": (loss_panel, "train", "loss"),
-    "perplexity": (perplexity_panel, "val", "perplexity"),
-    "bits": (bits_panel, "val", "bits_per_byte"),
-    "hellaswag": (hellaswag_panel, "hellaswag", "completion_acc_norm"),
-    "lr": (lr_panel, "train", "lr"),
-    "norm": (norm_panel, "train", "grad_norm"),
-    "speed": (speed_panel, "train", "tokens_per_second"),
+PANELS = {  # --only -> its label; its rows: their kind and column, without which it is left out; the functions above
+    "loss": ("loss (nats per token)", "train", "loss", noisy, finish_loss),
+    "perplexity": ("validation perplexity", "val", "perplexity", marked, finish_perplexity),
+    "bits": ("validation bits per byte", "val", "bits_per_byte", marked, frame),
+    "hellaswag": ("HellaSwag acc_norm ± s.e. (%)", "hellaswag", "completion_acc_norm", marked, finish_hellaswag),
+    "lr": ("learning rate", "train", "lr", plain, finish_lr),
+    "norm": ("gradient norm before clipping", "train", "grad_norm", noisy, frame),
+    "speed": ("tokens per second", "train", "tokens_per_second", noisy, finish_speed),
 }
 
 # ---------------------------------------------------------------------------------------
@@ -325,26 +295,29 @@ PANELS = {  # --only -> (draws it, the column without which it is left out)
 
 def make_figure(arms, x, only=PANELS) -> Figure:
     """The first panel over the whole width, the others in rows below it."""
-    wanted = [PANELS[name] for name in PANELS if name in only]
-    panels = [panel for panel, kind, key in wanted if any(np.isfinite(r[kind][key]).any() for r in arms)]
-    if not panels:
+    wanted = {name: PANELS[name] for name in PANELS if name in only}
+    names = [name for name, (_, kind, key, *_) in wanted.items() if any(np.isfinite(r[kind][key]).any() for r in arms)]
+    if not names:
         raise UserError(f"{', '.join(r['name'] for r in arms)}: no metrics to draw yet")
-    below = len(panels) - 1
-    lines = [1, *{0: (), 4: (2, 2), 5: (2, 3), 6: (3, 3)}.get(below, (below,))]  # panels side by side
-    size = (WIDTH, 1.2 + 2.7 * len(lines) + 0.1 * len(arms))
-    fig = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
-    grid = fig.add_gridspec(len(lines), 6, height_ratios=[1.4] + [1] * (len(lines) - 1))
-    places = [grid[i, 6 // n * j : 6 // n * (j + 1)] for i, n in enumerate(lines) for j in range(n)]
-    end, label = axis_of(arms, x)
-    for place, panel in zip(places, panels):
-        ax = fig.add_subplot(place)
-        panel(ax, arms, AXES[x])
+    first, *others = names
+    half = len(others) // 2 if len(others) > 3 else len(others)
+    rows = [row for row in ([first], others[:half], others[half:]) if row]
+    size = (WIDTH, 1.2 + 2.7 * len(rows) + 0.1 * len(arms))
+    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
+    mosaic = [np.repeat(row, 6 // len(row)).tolist() for row in rows]  # six columns
+    axes = fig.subplot_mosaic(mosaic, height_ratios=[1.4] + [1] * (len(rows) - 1))
+    end, x_label = axis_of(arms, x)
+    for name, ax in axes.items():
+        label, kind, key, draw, finish = PANELS[name]
+        for r in arms:
+            draw(ax, r, r[kind][AXES[x]], r[kind][key])
+        finish(ax, arms, AXES[x])
+        ax.set_ylabel(label, size=9)
         ax.set_xlim(-0.02 * end, 1.02 * end)
-        ax.xaxis.set_major_formatter(FuncFormatter(number))
-        ax.yaxis.label.set_size(9)
+        ax.xaxis.set_major_formatter(number)
         tidy(ax)
     fig.align_ylabels()
-    fig.supxlabel(label, fontsize="medium")
+    fig.supxlabel(x_label, fontsize="medium")
     legend(fig, arms, mark_epochs(fig.axes, arms, AXES[x]))
     return fig
 
@@ -362,11 +335,11 @@ def mark_epochs(axes, arms, x) -> str | None:
     columns = [[r["train"][key].mean(0) for key in ("epoch", x)] for r in arms]
     columns = [(epoch[seen], at[seen]) for epoch, at in columns for seen in [np.isfinite(epoch + at)]]
     counts = [math.ceil(epoch.max(initial=1)) - 1 for epoch, _ in columns]  # the end of a run is no border
-    every = math.ceil(max(counts) / BORDERS)
+    every = math.ceil(max(1, *counts) / BORDERS)
     lines = {}  # where, the color
     for r, count, (epoch, at) in zip(arms, counts, columns):
-        numbers = float(every) * np.arange(1, 1 + (count // every if every else 0))
-        lines.setdefault(tuple(np.interp(numbers, epoch, at)) if len(numbers) else (), r["color"])
+        ends = np.interp(range(every, count + 1, every), epoch, at) if count else ()
+        lines.setdefault(tuple(ends), r["color"])
     for ax, (ends, color) in itertools.product(axes, lines.items()):
         for end in ends:
             ax.axvline(end, color=GREY if len(lines) == 1 else color, linewidth=0.8, linestyle=":", zorder=0.5)
@@ -394,15 +367,14 @@ def legend(fig, arms, borders=None):
     for r, n in zip(arms, seeds):
         name = r["name"].replace("$", r"\$") + (f" ({n} seeds)" if n > 1 else "")  # a bare dollar begins a formula
         entries.append(Line2D([], [], color=r["color"], linestyle=r["dash"], linewidth=2, label=name))
+    grey = functools.partial(Line2D, [], [], color=GREY)
     if min(seeds) == 1:
-        entries.append(
-            Line2D([], [], color=GREY, linewidth=1.4, label="training: each step light, running mean strong")
-        )
+        entries.append(grey(linewidth=1.4, label="training: each step light, running mean strong"))
     if max(seeds) > 1:
-        entries.append(Line2D([], [], color=GREY, linewidth=1.4, label="training: running mean; band: range of seeds"))
-    entries.append(Line2D([], [], color=GREY, linestyle="none", label="validation", **CIRCLE))
+        entries.append(grey(linewidth=1.4, label="training: running mean; band: range of seeds"))
+    entries.append(grey(linestyle="none", label="validation", **CIRCLE))
     if borders:
-        entries.append(Line2D([], [], color=GREY, linewidth=0.7, linestyle=":", label=borders))
+        entries.append(grey(linewidth=0.7, linestyle=":", label=borders))
     columns = max(1, min(len(entries), LEGEND // max(len(entry.get_label()) + 8 for entry in entries)))
     fig.legend(handles=entries, fontsize=9, frameon=False, loc="outside upper center", ncols=columns, columnspacing=1.2)
 
@@ -440,7 +412,7 @@ def plot_comparison(arms, folder):
 
     arms: dicts with "arm" (the name), "measure", "curve" (tokens, mean, least, greatest) and, for all but the base,
     "difference" (mean, low and high end of its interval, both None for one seed)."""
-    fig = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(arms)), dpi=DPI, facecolor="white", layout="constrained")
+    fig = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(arms)), dpi=DPI, layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     unit = {"loss": "nats per token", "bits_per_byte": "bits per byte"}[arms[0]["measure"]]
     style = {name: {"dash": dash, "color": color} for name, (dash, color) in zip(arms_in(folder).values(), styles())}
@@ -452,7 +424,7 @@ def plot_comparison(arms, folder):
     frame(left)
     left.set_xlabel("training tokens")
     left.set_ylabel(f"validation loss ({unit}): mean, and range of seeds")
-    left.xaxis.set_major_formatter(FuncFormatter(number))
+    left.xaxis.set_major_formatter(number)
     left.legend(frameon=False, fontsize=9)
     compared = [row for row in arms if "difference" in row]
     for height, row in enumerate(reversed(compared)):
@@ -474,15 +446,15 @@ def plot_lengths(splits, ends, output):
     """A histogram of documents' lengths into the PNG `output`. `splits` has, by name, the numbers of documents by
     the lower end of their bin, in tokens and as text (JSON's keys); `ends` are the lower ends of all bins, in order."""
     used = [i for i, end in enumerate(ends) if any(counts.get(str(end)) for counts in splits.values())]
-    edges = ends[used[0] : used[-1] + 2] if used[-1] + 1 < len(ends) else [*ends[used[0] :], 2 * ends[-1]]
-    fig = Figure(figsize=(WIDTH, 4), dpi=DPI, facecolor="white", layout="constrained")
+    edges = [*ends, 2 * ends[-1]][used[0] : used[-1] + 2]
+    fig = Figure(figsize=(WIDTH, 4), dpi=DPI, layout="constrained")
     ax = fig.add_subplot()
     for (name, counts), color in zip(splits.items(), COLORS):
         total = max(1, sum(counts.values()))
         share = [100 * counts.get(str(edge), 0) / total for edge in edges[:-1]]
         ax.stairs(share, edges, color=color, linewidth=1.4, label=f"{name}: {total:,} documents")
     ax.set_xscale("log")
-    ax.xaxis.set_major_formatter(FuncFormatter(number))
+    ax.xaxis.set_major_formatter(number)
     ax.set_xlabel("tokens in a document, its marker included")
     ax.set_ylabel("documents (%)")
     ax.legend(frameon=False)
@@ -509,9 +481,7 @@ class PlotConfig:
     """Which runs are drawn, and over what."""
 
     runs: tuple[str, ...] = flag((), "directory or metrics.jsonl; default: the newest run", unit="run", positional=True)
-    output: str | None = flag(
-        None, "the picture, .png, .svg or .pdf; default: curves.png beside the metrics of the first run", unit="file"
-    )
+    output: str | None = flag(None, ".png, .svg or .pdf; default: curves.png beside the first metrics", unit="file")
     x: str = flag("tokens", "horizontal axis", unit="name", choices=tuple(AXES))
     only: tuple[str, ...] = flag(tuple(PANELS), "panels", unit="panel", choices=tuple(PANELS))
 

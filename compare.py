@@ -54,8 +54,7 @@ class CompareConfig:
     arm: tuple[str, ...] = flag((), '"NAME: FLAGS" or "NAME: code=FOLDER|REVISION|PATCH FLAGS"; the first is the base')
     sweep: tuple[str, ...] = flag((), "FLAG=VALUE,VALUE,...: each arm once with each value; several: with each pair")
     seeds: str = flag("3", "how many seeds (1, 2, ...), or a list of them: 1337,7")
-    jobs: int = flag(0, "runs at the same time; 0: one per CUDA device, else one on MPS, else one per two cores",
-        at_least=0)  # fmt: skip
+    jobs: int = flag(0, "runs at once; 0: one per CUDA device, else one on MPS, else one per two cores", at_least=0)
     dir: str = flag("comparisons", "folder of all comparisons")
     dry_run: bool = flag(False, "say what would run, and for how long, and stop")
 
@@ -103,15 +102,15 @@ def all_arms(c: CompareConfig) -> list[Arm]:
         arms.append(Arm(name, (*arm.flags, *swept), arm.code))
     if len(arms) < 2:
         raise UserError("a comparison needs two arms: name them with --arm or --sweep")
+    names = {}
     for arm in arms:
-        if arm.code and arm_folder(arm.name).casefold() == UNCHANGED:
+        folder = arm_folder(arm.name).casefold()  # on macOS and Windows, ABC and abc are one folder
+        if arm.code and folder == UNCHANGED:
             raise UserError(f"arm {arm.name!r}: that name is kept for the code that no arm changes; rename the arm")
-    for one, other in itertools.combinations(arms, 2):
-        if arm_folder(one.name).casefold() == arm_folder(other.name).casefold():  # one folder on macOS and Windows
-            raise UserError(
-                f"arms {one.name!r} and {other.name!r}: their names must differ in letters or digits, and not only in "
-                "upper and lower case"
-            )
+        if folder in names:
+            both = f"arms {names[folder]!r} and {arm.name!r}"
+            raise UserError(f"{both}: names must differ in letters or digits, not only in upper and lower case")
+        names[folder] = arm.name
     return arms
 
 
@@ -152,10 +151,8 @@ def version_of(arm: Arm) -> str | None:
         try:
             return git("rev-parse", "--verify", f"{arm.code}^{{commit}}").decode().strip()
         except UserError as error:
-            raise UserError(
-                f"arm {arm.name!r}: code={arm.code}: found no file, no folder and no git revision of that name "
-                f"({error})"
-            ) from error
+            found = "found no file, no folder and no git revision of that name"
+            raise UserError(f"arm {arm.name!r}: code={arm.code}: {found} ({error})") from error
     files = sources(path) if path.is_dir() else [path]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -166,8 +163,9 @@ def copy_code(arm: Arm, target: Path, base: Path):
         return
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    if arm.code is None or Path(arm.code).exists():
-        root = Path(arm.code) if arm.code and Path(arm.code).is_dir() else base
+    code = Path(arm.code or base)
+    if code.exists():
+        root = code if code.is_dir() else base
         for path in sources(root):
             copy = temporary / path.relative_to(root)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -175,9 +173,9 @@ def copy_code(arm: Arm, target: Path, base: Path):
     else:  # a revision: all of its files
         with tarfile.open(fileobj=io.BytesIO(git("archive", arm.code))) as archive:
             archive.extractall(temporary, filter="data")
-    if arm.code and Path(arm.code).is_file():
+    if code.is_file():
         # the ceiling keeps git from taking the folder for a part of the repository around it
-        git("apply", str(Path(arm.code).resolve()), cwd=temporary, ceiling=temporary.parent)
+        git("apply", str(code.resolve()), cwd=temporary, ceiling=temporary.parent)
     if not (temporary / "train.py").is_file():
         raise UserError(f"arm {arm.name!r}: no train.py in {arm.code}")
     os.rename(temporary, target)
@@ -309,20 +307,16 @@ def run_all(runs, jobs, cuda, lock) -> int:
     """Makes the runs that are not finished, `jobs` at a time. Returns the signal that ended it early, or 0.
 
     A run that fails keeps the last line that it said in `error`; the others go on."""
-    waiting, going, asked = [r for r in runs if not r.finished], {}, False
+    waiting, going = [r for r in runs if not r.finished], {}
     shown = sum(steps_done(r) for r in runs)
     progress = Progress(shown, sum(r.max_steps for r in runs), True)
     with runtime.StopSignals() as signals:
-        while (waiting and not signals.received) or going:
-            free = sorted(set(range(jobs)) - going.keys())
-            while waiting and free and not signals.received:
-                r, slot = waiting.pop(0), free.pop(0)
-                going[slot] = (r, start_run(r, slot, jobs, cuda, lock))
+        while (waiting or going) and not signals.received:
+            for slot in range(jobs):
+                if slot not in going and waiting and not signals.received:
+                    r = waiting.pop(0)
+                    going[slot] = (r, start_run(r, slot, jobs, cuda, lock))
             time.sleep(0.2)
-            if signals.received and not asked:  # once is enough: a run then ends its step and saves
-                asked = True
-                for _, process in going.values():
-                    process.send_signal(signal.SIGTERM)
             for slot, (r, process) in list(going.items()):
                 if process.poll() is not None:
                     del going[slot]
@@ -331,6 +325,10 @@ def run_all(runs, jobs, cuda, lock) -> int:
             if going and steps > shown:
                 progress.show(steps, ", ".join(f"{r.arm.name} seed {r.seed}" for r, _ in going.values()))
                 shown = steps
+        for _, process in going.values():  # once is enough: a run then ends its step and saves
+            process.send_signal(signal.SIGTERM)
+        for r, process in going.values():
+            conclude(r, process.wait(), progress)
         progress.close()
         return signals.received
 

@@ -115,8 +115,8 @@ def arms_in(comparison) -> dict[str, str]:
 
 
 def styles():
-    """(dash, color) of the first arm, of the second, and so on."""
-    return itertools.cycle(itertools.product(DASHES, COLORS))
+    """Dash and colour of the first arm, of the second, and so on."""
+    return itertools.cycle({"dash": dash, "color": color} for dash, color in itertools.product(DASHES, COLORS))
 
 
 def find_arms(paths) -> list[dict]:
@@ -133,7 +133,7 @@ def find_arms(paths) -> list[dict]:
         found.setdefault((where, name), []).append(file)
     names = [name for _, name in found]
     arms = []
-    for key, (dash, color) in zip(known | found, styles()):
+    for key, style in zip(known | found, styles()):
         if key in found:
             where, name = key
             label = name if names.count(name) == 1 else f"{where}: {name}" if key in known else where
@@ -141,7 +141,7 @@ def find_arms(paths) -> list[dict]:
                 label += f", {found[key][0].resolve().parent.name}"
             tokenizers = {tokenizer_of(file) for file in found[key]} - {None}
             rows = aligned([read_metrics(file) for file in found[key]])
-            arms.append({"name": label, "color": color, "dash": dash, "tokenizers": tokenizers, **rows})
+            arms.append({"name": label, "tokenizers": tokenizers, **style, **rows})
     return arms
 
 
@@ -233,13 +233,6 @@ def finish_loss(ax, arms, x):
     for r in arms:
         marked(ax, r, r["val"][x], r["val"]["loss"], line="none")
     frame(ax)
-    say_vocabularies(ax, arms)
-
-
-def say_vocabularies(ax, arms):
-    """A note where tokens are not the same tokens."""
-    if len(set().union(*(r["tokenizers"] for r in arms))) > 1:
-        ax.set_title("vocabularies differ: not comparable", fontsize=9, loc="left", color="#B00000")
 
 
 def finish_perplexity(ax, arms, x):
@@ -248,7 +241,6 @@ def finish_perplexity(ax, arms, x):
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
     ax.yaxis.set_major_formatter(number)
     ax.yaxis.set_minor_formatter(NullFormatter())
-    say_vocabularies(ax, arms)
 
 
 def finish_hellaswag(ax, arms, x):
@@ -257,14 +249,13 @@ def finish_hellaswag(ax, arms, x):
         if len(value) == 1:
             bars = {"ecolor": r["color"], "elinewidth": 1, "alpha": 0.6, "zorder": 1.5}
             ax.errorbar(*thin(where[0], value[0], error[0]), fmt="none", **bars)
-    references = [  # (percent, name, where to write it: chance at the end, where curves have left it)
-        (GPT2_124M, f"GPT-2 124M, completion acc_norm {GPT2_124M}", "left", 0.01),
-        (CHANCE, f"chance {CHANCE:g}", "right", 0.99),
+    references = [  # (value, name, where to write it: chance at the end, where curves have left it)
+        (GPT2_124M / 100, f"GPT-2 124M, completion acc_norm {GPT2_124M}", "left", 0.01),
+        (CHANCE / 100, f"chance {CHANCE:g}", "right", 0.99),
     ]
-    for percent, name, side, at in references:
-        ax.axhline(percent / 100, color=GREY, linewidth=1, linestyle="--")
-        place = (at, percent / 100), (0, 3), ("axes fraction", "data"), "offset points"
-        ax.annotate(name, *place, ha=side, color=GREY, size=9)
+    for value, name, side, at in references:
+        ax.axhline(value, color=GREY, linewidth=1, linestyle="--")
+        ax.annotate(name, (at, value), (0, 3), ("axes fraction", "data"), "offset points", ha=side, color=GREY, size=9)
     ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     ax.margins(y=0.1)
 
@@ -279,7 +270,7 @@ def finish_speed(ax, arms, x):
     ax.set_ylim(bottom=0)
 
 
-PANELS = {  # --only -> its label; its rows: their kind and column, without which it is left out; the functions above
+PANELS = {  # --only -> label; kind and column of the rows, else no panel; what draws a curve; what completes the panel
     "loss": ("loss (nats per token)", "train", "loss", noisy, finish_loss),
     "perplexity": ("validation perplexity", "val", "perplexity", marked, finish_perplexity),
     "bits": ("validation bits per byte", "val", "bits_per_byte", marked, frame),
@@ -302,16 +293,18 @@ def make_figure(arms, x, only=PANELS) -> Figure:
     first, *others = names
     half = len(others) // 2 if len(others) > 3 else len(others)
     rows = [row for row in ([first], others[:half], others[half:]) if row]
-    size = (WIDTH, 1.2 + 2.7 * len(rows) + 0.1 * len(arms))
-    fig = Figure(figsize=size, dpi=DPI, layout="constrained")
+    fig = Figure(figsize=(WIDTH, 1.2 + 2.7 * len(rows) + 0.1 * len(arms)), dpi=DPI, layout="constrained")
     mosaic = [np.repeat(row, 6 // len(row)).tolist() for row in rows]  # six columns
     axes = fig.subplot_mosaic(mosaic, height_ratios=[1.4] + [1] * (len(rows) - 1))
     end, x_label = axis_of(arms, x)
+    tokenizers = set().union(*(r["tokenizers"] for r in arms))
     for name, ax in axes.items():
         label, kind, key, draw, finish = PANELS[name]
         for r in arms:
             draw(ax, r, r[kind][AXES[x]], r[kind][key])
         finish(ax, arms, AXES[x])
+        if name in ("loss", "perplexity") and len(tokenizers) > 1:  # numbers per token, and not the same tokens
+            ax.set_title("vocabularies differ: not comparable", fontsize=9, loc="left", color="#B00000")
         ax.set_ylabel(label, size=9)
         ax.set_xlim(-0.02 * end, 1.02 * end)
         ax.xaxis.set_major_formatter(number)
@@ -338,8 +331,8 @@ def mark_epochs(axes, arms, x) -> str | None:
     every = math.ceil(max(1, *counts) / BORDERS)
     lines = {}  # where, the color
     for r, count, (epoch, at) in zip(arms, counts, columns):
-        ends = np.interp(range(every, count + 1, every), epoch, at) if count else ()
-        lines.setdefault(tuple(ends), r["color"])
+        numbers = float(every) * np.arange(1, count // every + 1)  # float: a damaged row has any epoch
+        lines.setdefault(tuple(np.interp(numbers, epoch, at)) if count else (), r["color"])
     for ax, (ends, color) in itertools.product(axes, lines.items()):
         for end in ends:
             ax.axvline(end, color=GREY if len(lines) == 1 else color, linewidth=0.8, linestyle=":", zorder=0.5)
@@ -415,7 +408,7 @@ def plot_comparison(arms, folder):
     fig = Figure(figsize=(WIDTH, 4.2 + 0.2 * len(arms)), dpi=DPI, layout="constrained")
     left, right = fig.subplots(1, 2, width_ratios=(3, 2))
     unit = {"loss": "nats per token", "bits_per_byte": "bits per byte"}[arms[0]["measure"]]
-    style = {name: {"dash": dash, "color": color} for name, (dash, color) in zip(arms_in(folder).values(), styles())}
+    style = dict(zip(arms_in(folder).values(), styles()))
     for row in arms:
         tokens, mean, *ends = map(np.array, row["curve"])
         band(left, style[row["arm"]], tokens[None], np.stack(ends))

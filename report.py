@@ -130,11 +130,6 @@ def tokens_to_reach(outcome, target, measure) -> float | None:
     return float(t[0] if i == 0 else t[i - 1] + (t[i] - t[i - 1]) * (y[i - 1] - target) / (y[i - 1] - y[i]))
 
 
-def tokens_of_base(outcome, measure) -> float:
-    """Tokens after which the base first has its final loss: all of them, or fewer if it overfits."""
-    return tokens_to_reach(outcome, outcome[measure][-1], measure) or outcome["tokens"][-1]
-
-
 def summarize(outcomes, failed) -> list[dict]:
     """A row per arm, the first of which is the base. All runs are read at their last validation.
 
@@ -149,9 +144,11 @@ def summarize(outcomes, failed) -> list[dict]:
             row |= means(list(by_seed.values()), list(values[arm].values()), measure)
         pairs = [seed for seed in by_seed if seed in values[base] and arm != base]
         if pairs:
+            bases = [outcomes[base][s] for s in pairs]
             row["difference"] = paired([values[base][s] for s in pairs], [values[arm][s] for s in pairs])
             reached = [tokens_to_reach(by_seed[s], values[base][s], measure) for s in pairs]
-            own = [tokens_of_base(outcomes[base][s], measure) for s in pairs]
+            # of the base all tokens, or fewer if it overfits: those after which it first has its final loss
+            own = [tokens_to_reach(run, run[measure][-1], measure) or run["tokens"][-1] for run in bases]
             shares = [t / of for t, of in zip(reached, own) if t is not None]
             row["reached"] = len(shares)  # seeds with which the arm comes to the base's final loss
             row["token_share"] = paired([0.0] * len(shares), shares) if len(shares) == len(pairs) else None
@@ -228,31 +225,29 @@ def edges(rows) -> list[str]:
     """A best value at the end of a sweep says that a better one may lie beyond. The arms of a sweep are named
     "flag=value, flag=value"."""
     settings = [dict(part.split("=", 1) for part in row["arm"].split(", ") if "=" in part) for row in rows]
-    if not rows:
-        return []
-    best, said = min(zip(rows, settings), key=lambda pair: pair[0]["mean"])[1], []
+    _, best = min(zip(rows, settings), key=lambda pair: pair[0]["mean"], default=(None, {}))
+    said = []
     for name, value in best.items():
         try:
             values = {float(other[name]) for other in settings if name in other}
-            at_edge = len(values) > 1 and float(value) in (min(values), max(values))
         except ValueError:  # not numbers
             continue
-        said += [f"the best value lies at the edge of the sweep: {name}={value}"] if at_edge else []
+        if len(values) > 1 and float(value) in (min(values), max(values)):
+            said.append(f"the best value lies at the edge of the sweep: {name}={value}")
     return said
 
 
 def table(rows) -> list[list[str]]:
     """Head and cells; a column that says nothing is left out."""
     budgets = len({row["tokens"] for row in rows if "mean" in row}) > 1
-    in_bits = rows[0]["measure"] == "bits_per_byte"
-    lines = [cells(row, budgets, in_bits) for row in rows]
+    lines = [cells(row, budgets) for row in rows]
     head = [name for name in dict.fromkeys(itertools.chain(*lines)) if any(line.get(name) for line in lines)]
     return [head, *([line.get(name, "") for name in head] for line in lines)]
 
 
-def cells(row, budgets, in_bits) -> dict[str, str]:
-    """{column: text} of one arm."""
-    measure = "bits per byte" if in_bits else "validation loss"
+def cells(row, budgets) -> dict[str, str]:
+    """{column: text} of one arm; budgets: whether the arms' tokens differ."""
+    measure = {"loss": "validation loss", "bits_per_byte": "bits per byte"}[row["measure"]]
     if "mean" not in row:
         return {"arm": row["arm"], measure: "no finished run"}
     difference = share = hellaswag = ""

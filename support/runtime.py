@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -48,6 +49,7 @@ PEAK_FLOPS = [
     (r"T4", 65e12),
 ]
 GIT_SECONDS = 10  # to wait for git's answer
+EXIT_SECONDS = 0.3  # that a process of several waits at its end
 SHARED = 2**19  # elements of a matrix from which on a CPU's threads share it
 left_groups = []  # see Runtime.__exit__
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -292,6 +294,9 @@ class Runtime(AbstractContextManager):
         if dist.is_initialized():
             left_groups.append(dist.group.WORLD)
             dist.destroy_process_group()
+            # A process that ended at once aborted (seen once, torch 2.13, under load): a thread of gloo still held a
+            # tensor, and freeing it needs Python's lock, which it can take while this thread sleeps.
+            time.sleep(EXIT_SECONDS)
 
     @property
     def is_main(self):

@@ -238,7 +238,8 @@ def finish_loss(ax, arms, x):
 def finish_perplexity(ax, arms, x):
     ax.set_yscale("log")
     frame(ax)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5) if high < 50 * low else (1,)))  # else they crowd
     ax.yaxis.set_major_formatter(number)
     ax.yaxis.set_minor_formatter(NullFormatter())
 

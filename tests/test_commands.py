@@ -131,7 +131,7 @@ def hub_cache(folder, data):
 def checkout(tmp_path, test_data):
     """A copy of the repository, beside it what a reader would have by then: text, HellaSwag, and gpt2 in the cache."""
     place = tmp_path / "checkout"
-    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "tests", "checkpoints", "__pycache__"))
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(".*", "tests", "checkpoints", "__pycache__", "hf_*"))
     for split, name in (("train", "texts"), ("train", "corpus/train"), ("val", "corpus/val")):
         rows = pq.read_table(next((test_data / "corpus" / split).glob("*.parquet"))).slice(0, 100)
         (place / name).mkdir(parents=True)

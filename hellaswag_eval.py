@@ -272,9 +272,10 @@ def make_rows(sequences, block_size, packed=True) -> list[Row]:
     """A row for each four sequences, or for each one where not `packed` or where four exceed block_size."""
     rows = []
     for first in range(0, len(sequences), 4):
-        some = [pack(sequences, range(first, first + 4))]
+        four = range(first, first + 4)
+        some = [pack(sequences, four)] if packed else []
         if not packed or len(some[0].ids) > block_size:
-            some = [pack(sequences, [number]) for number in range(first, first + 4)]
+            some = [pack(sequences, [number]) for number in four]
         rows += [Row(*(np.array(column, np.int32) for column in row)) for row in some]
     return rows
 
@@ -572,7 +573,8 @@ def evaluate(args: HellaSwagConfig, rt) -> Scores:
         memory_advice("on the device; lower --batch_tokens"),
         rt.autocast(),
     ):
-        return score(model, tokenizer, examples, rt, args.batch_tokens, running_accuracy(bar, labels, rt.world))
+        progress = running_accuracy(bar, labels, rt.world) if rt.is_main else None
+        return score(model, tokenizer, examples, rt, args.batch_tokens, progress)
 
 
 def main(argv=None):
